@@ -1,0 +1,1 @@
+"""Find circuits in transformers and turn them into small, fast models."""
