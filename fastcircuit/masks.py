@@ -1,0 +1,115 @@
+"""Masks over edges and writers: the hard-concrete distribution, sparsity, and the Lagrangian that drives it.
+
+Edge Pruning, appendix A; Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization".
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from fastcircuit.circuit import Circuit
+from fastcircuit.errors import InputError
+from fastcircuit.graph import Graph
+
+TEMPERATURE = 2 / 3
+STRETCH = (-0.1, 1.1)
+EPSILON = 1e-6
+# A log-alpha at this level or above samples exactly 1 almost always: where training starts.
+INITIAL_LOG_ALPHA = 10.0
+# Distance, in log-alpha, between "certainly 0" and the level where 0 has probability one half.
+_ZERO_LEVEL = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Mask values in [0, 1]; an edge is on to the degree ``edge[e] * node[writer of e]``.
+
+    Args:
+        edge: ``[num_edges]`` in ``graph.edges`` order.
+        node: ``[num_writers]`` in ``graph.writers`` order; None: all 1.
+    """
+
+    edge: Tensor
+    node: Tensor | None = None
+
+    @classmethod
+    def from_circuit(cls, circuit: Circuit, dtype: torch.dtype = torch.float32) -> "Masks":
+        """Ones on the circuit's edges, zeros elsewhere."""
+        return cls(torch.from_numpy(circuit.keep.copy()).to(dtype))
+
+    def product(self, graph: Graph) -> Tensor:
+        """``z_rj = z_edge[r, j] * z_node[j]`` of every edge, ``[num_edges]``."""
+        if self.edge.shape != (graph.num_edges,):
+            raise InputError(f"masks.edge has shape {tuple(self.edge.shape)}; this graph has {graph.num_edges} edges")
+        if self.node is None:
+            return self.edge
+        if self.node.shape != (graph.num_writers,):
+            raise InputError(f"masks.node has shape {tuple(self.node.shape)}; this graph has {graph.num_writers} writers")
+        return self.edge * self.node.index_select(0, edge_writers(graph, self.node.device))
+
+
+@lru_cache(maxsize=8)
+def edge_writers(graph: Graph, device: torch.device) -> Tensor:
+    """``graph.edge_writers`` as an int64 tensor on ``device``."""
+    return torch.from_numpy(graph.edge_writers).to(device=device, dtype=torch.int64)
+
+
+def sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One hard-concrete sample per entry, differentiable in ``log_alpha``.
+
+    ``z = clamp(s * 1.2 - 0.1, 0, 1)``, ``s = sigmoid((ln u - ln(1 - u) + log_alpha) / (2/3))``,
+    ``u ~ Uniform(1e-6, 1 - 1e-6)``. The gradient is exactly 0 where the clamp holds.
+    """
+    uniform = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device)
+    uniform = uniform.mul_(1 - 2 * EPSILON).add_(EPSILON)
+    low, high = STRETCH
+    concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE)
+    return torch.clamp(concrete * (high - low) + low, 0, 1)
+
+
+def probability_of_zero(log_alpha: Tensor) -> Tensor:
+    """``P(z = 0) = sigmoid(T ln(0.1 / 1.1) - log_alpha)``: closed form, differentiable."""
+    return torch.sigmoid(_ZERO_LEVEL - log_alpha)
+
+
+def soft_value(log_alpha: Tensor) -> Tensor:
+    """The published code's deterministic mask before its zeros are cut, ``sigmoid(0.8 log_alpha / T)``: orders edges."""
+    return torch.sigmoid(log_alpha * (0.8 / TEMPERATURE))
+
+
+class Lagrangian(nn.Module):
+    """``l1 (s - t) + l2 (s - t)^2`` for a sparsity s and its target t; both multipliers are *ascended*.
+
+    Args:
+        linear_term: False fixes ``l1`` at 0.
+    """
+
+    def __init__(self, linear_term: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Parameter(torch.zeros(()), requires_grad=linear_term)
+        self.quadratic = nn.Parameter(torch.zeros(()))
+
+    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+        gap = sparsity - target
+        return self.linear * gap + self.quadratic * gap.square()
+
+
+def target_sparsity(step: int, warmup: int, final: float, schedule: str = "linear", start: float = 0.0) -> float:
+    """Target at ``step`` (from 0): from ``start`` to ``final`` over ``warmup`` steps, then ``final``.
+
+    ``linear`` moves the sparsity evenly; ``logarithmic`` moves ``ln(1 - sparsity)`` evenly, so that the number of kept
+    edges falls by the same factor every step (needs ``final < 1``).
+    """
+    if schedule not in ("linear", "logarithmic"):
+        raise InputError(f"target schedule is {schedule!r}; accepted: linear, logarithmic")
+    if schedule == "logarithmic" and final >= 1:
+        raise InputError(f"a logarithmic schedule needs a final target below 1, got {final}; use linear")
+    if step >= warmup:
+        return final
+    progress = step / warmup
+    if schedule == "linear":
+        return start + (final - start) * progress
+    return 1 - math.exp(math.log1p(-start) + (math.log1p(-final) - math.log1p(-start)) * progress)

@@ -1,0 +1,119 @@
+"""The parts of a decoder, as views of a Hugging Face model's weights: all that the masked forward loop needs to know.
+
+An architecture file (gpt2.py, llama.py, ...) holds one function that fills these dataclasses. Nothing is copied:
+weights are the model's own tensors, reshaped to heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Norm = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Per-head linear map of a reader's normalised input: ``y[n] = x[n] @ weight[n] + bias[n]``.
+
+    Args:
+        weight: ``[heads, d, d_head]`` view.
+        bias: ``[heads, 1, d_head]`` view, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def heads(self) -> int:
+        return self.weight.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[heads, T, d] -> [heads, T, d_head]``; ``x`` may be ``[1, T, d]`` when every head reads the same."""
+        if x.shape[0] == 1 and self.heads > 1:
+            x = x.expand(self.heads, -1, -1)
+        if self.bias is None:
+            return torch.bmm(x, self.weight)
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One block's attention.
+
+    Args:
+        norm: the norm in front of the projections, token-wise.
+        query, key, value: per-head projections (key and value per key/value head).
+        out_weight: ``[heads, d_head, d]`` view of the output projection.
+        out_bias: ``[d]``, or None.
+        scale: factor on the scores before the softmax.
+        window: keys further back than this many tokens are not seen; None: all are.
+    """
+
+    norm: Norm
+    query: Projection
+    key: Projection
+    value: Projection
+    out_weight: Tensor
+    out_bias: Tensor | None
+    scale: float
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention, then an MLP (with the norm in front of it) that also reads the attention of its own block."""
+
+    attention: Attention
+    mlp_norm: Norm
+    mlp: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A whole decoder.
+
+    Args:
+        embed: token ids and positions ``[T]`` to the embedding writers' outputs, ``[T, d]`` each.
+        blocks: the layers.
+        final_norm: the norm in front of the unembedding.
+        unembed: ``[N, d] -> [N, vocabulary]``.
+        rotary: positions ``[T]`` to ``(cos, sin)``, ``[T, d_rotary]`` each; None without rotary positions.
+        causal: whether a token sees only itself and what comes before.
+    """
+
+    embed: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    blocks: tuple[Block, ...]
+    final_norm: Norm
+    unembed: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    causal: bool = True
+
+
+def layer_norm(module: nn.LayerNorm) -> Norm:
+    """The LayerNorm of ``module`` (statistics in float32 or better)."""
+    return module
+
+
+def rms_norm(weight: Tensor, eps: float) -> Norm:
+    """``x / sqrt(mean(x^2) + eps) * weight``, in float32 or better, returned in the dtype of ``x``."""
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return normed.to(x.dtype) * weight
+
+    return norm
+
+
+def linear_heads(layer: nn.Linear, heads: int) -> Projection:
+    """A ``[heads * d_head, d]`` linear layer as one projection per head."""
+    weight = layer.weight.view(heads, -1, layer.in_features).transpose(1, 2)
+    bias = None if layer.bias is None else layer.bias.view(heads, 1, -1)
+    return Projection(weight, bias)
+
+
+def linear_output(layer: nn.Linear, heads: int) -> Tensor:
+    """The ``[heads, d_head, d]`` view of a ``[d, heads * d_head]`` output projection."""
+    return layer.weight.view(layer.out_features, heads, -1).permute(1, 2, 0)

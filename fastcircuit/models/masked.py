@@ -1,0 +1,231 @@
+"""MaskedCausalLM: a Hugging Face decoder whose every edge can be masked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from fastcircuit.errors import InputError
+from fastcircuit.graph import EmbeddingNodes, Graph
+from fastcircuit.masks import Masks
+from fastcircuit.models.anatomy import Anatomy
+from fastcircuit.models.gpt2 import gpt2
+from fastcircuit.models.llama import llama
+from fastcircuit.models.mistral import mistral
+from fastcircuit.models.packing import Packing
+from fastcircuit.models.qwen2 import qwen2
+from fastcircuit.models.states import States, run_unmasked
+from fastcircuit.models.stream import MaskedRun
+
+ARCHITECTURES: dict[str, Callable[[Any], Anatomy]] = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen2}
+
+
+@dataclass
+class MaskedCausalLMOutput(ModelOutput):
+    """Logits of a masked run: ``[B, S, V]``; ``[B, P, V]`` at int positions; ``[N, V]`` at a mask of positions."""
+
+    logits: Tensor | None = None
+
+
+class MaskedCausalLM(nn.Module):
+    """A Hugging Face causal language model with a mask on every edge; shares the model's weights, copies nothing.
+
+    Every reader sees ``x_r = sum_j [z_rj y_j + (1 - z_rj) y~_j]`` (Edge Pruning, equation 3). With all masks 1 the
+    logits are the Hugging Face model's; with all masks 0 they are the ablated run's. Weights are frozen: gradients
+    flow to masks only.
+
+    Args:
+        model: a GPT-2, Llama, Mistral or Qwen2 ``...ForCausalLM``; put in eval mode, its parameters frozen.
+        embedding_nodes: ``split``, ``joint`` or ``none`` (see :class:`fastcircuit.graph.Graph`).
+        recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster).
+        backend: which ``masked_read`` to use: ``auto``, ``reference``, ``cpu`` or ``triton``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        embedding_nodes: EmbeddingNodes = "split",
+        recompute: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_supported(model.config)
+        self.model = model.eval().requires_grad_(False)
+        self.graph = Graph.from_config(model.config, embedding_nodes)
+        self.recompute = recompute
+        self.backend = backend
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        embedding_nodes: EmbeddingNodes = "split",
+        recompute: bool = True,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> "MaskedCausalLM":
+        """Load a Hugging Face id, a local directory or a zoo name; ``kwargs`` go to ``AutoModelForCausalLM``.
+
+        Raises:
+            InputError: there is no such model, or its architecture is not supported.
+        """
+        path = resolve_model(name)
+        try:
+            check_supported(AutoConfig.from_pretrained(path))
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        except (OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot load model {name!r}: {_first_line(error)}") from error
+        return cls(model, embedding_nodes, recompute, backend)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The parts of the model, as views of its current weights."""
+        return ARCHITECTURES[self.config.model_type](self.model)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What identifies the model in a circuit file."""
+        config = self.config
+        return {
+            "name": config.name_or_path or None,
+            "architecture": config.model_type,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+        }
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[States, Tensor, Packing]:
+        """The unmasked model: what every writer wrote (``States`` over T packed tokens), and the final stream ``[T, d]``."""
+        packing, token_ids = self._pack(input_ids, attention_mask)
+        states, stream = run_unmasked(self.anatomy, token_ids, packing)
+        return states, stream, packing
+
+    def unembed(self, stream: Tensor) -> Tensor:
+        """Final norm and unembedding: ``[N, d] -> [N, V]``."""
+        anatomy = self.anatomy
+        return anatomy.unembed(anatomy.final_norm(stream))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        corrupted_input_ids: Tensor | None = None,
+        masks: Masks | None = None,
+        positions: Tensor | None = None,
+        ablated: States | None = None,
+    ) -> MaskedCausalLMOutput:
+        """Logits of the masked model.
+
+        Args:
+            input_ids: clean token ids, ``[B, S]``.
+            attention_mask: ``[B, S]``, nonzero at real tokens; padding on the left or the right. Positions count from
+                each row's first real token, so padding never changes a logit.
+            corrupted_input_ids: what a removed edge carries is the run on these, ``[B, S]``, aligned with ``input_ids``.
+            masks: mask values; None: the unmasked model.
+            positions: where logits are wanted: bool ``[B, S]``, or int ``[B]`` or ``[B, P]``; None: everywhere (logits of
+                padding are 0).
+            ablated: what a removed edge carries, instead of ``corrupted_input_ids``: any :class:`States`.
+
+        Returns:
+            ``logits``: ``[B, S, V]`` without positions, ``[B, P, V]`` with int positions, ``[N, V]`` with a mask.
+        """
+        packing, token_ids = self._pack(input_ids, attention_mask)
+        wanted = packing.select(positions)
+        if masks is None:
+            _, stream = run_unmasked(self.anatomy, token_ids, packing)
+            read = stream.index_select(0, wanted)
+        else:
+            if ablated is None:
+                ablated = self._corrupted_states(input_ids, corrupted_input_ids, packing)
+            answers, places = wanted.unique(return_inverse=True)
+            read = self.final_read(token_ids, packing, ablated, masks, answers).index_select(0, places)
+        return MaskedCausalLMOutput(logits=_arrange(self.unembed(read), packing, positions))
+
+    def final_read(self, token_ids: Tensor, packing: Packing, ablated: States, masks: Masks, answers: Tensor) -> Tensor:
+        """The masked model's final read, before norm and unembedding, at packed tokens ``answers`` (no repeats): ``[N, d]``."""
+        anatomy = self.anatomy
+        embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
+        product = masks.product(self.graph).to(device=self.device, dtype=self.mask_dtype)
+        return MaskedRun(anatomy, self.graph, packing, embeds, ablated, answers, self.recompute, self.backend)(product)
+
+    @property
+    def mask_dtype(self) -> torch.dtype:
+        """Masks are float64 in a float64 model and float32 in any other."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _corrupted_states(self, input_ids: Tensor, corrupted: Tensor | None, packing: Packing) -> States:
+        if corrupted is None:
+            raise InputError("masks need corrupted_input_ids (or ablated states): what should a removed edge carry?")
+        if corrupted.shape != input_ids.shape:
+            raise InputError(
+                f"corrupted_input_ids has shape {tuple(corrupted.shape)} and input_ids {tuple(input_ids.shape)}; "
+                "clean and corrupted prompts must be aligned token by token"
+            )
+        return run_unmasked(self.anatomy, self._token_ids(corrupted, packing), packing)[0]
+
+    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; accepted: [batch, tokens], not empty")
+        packing = Packing(input_ids.shape, attention_mask, self.device)
+        return packing, self._token_ids(input_ids, packing)
+
+    def _token_ids(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        token_ids = packing.pack(input_ids.to(self.device))
+        lowest, highest = (int(bound) for bound in token_ids.aminmax())
+        if lowest < 0 or highest >= self.config.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(f"token id {wrong} is outside the model's vocabulary of {self.config.vocab_size}")
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and packing.longest > limit:
+            raise InputError(f"a prompt has {packing.longest} tokens; the model takes at most {limit}")
+        return token_ids
+
+
+def _arrange(logits: Tensor, packing: Packing, positions: Tensor | None) -> Tensor:
+    """Packed logits ``[N, V]`` in the shape the positions ask for."""
+    if positions is None:
+        if packing.is_full:
+            return logits.unflatten(0, tuple(packing.shape))
+        padded = logits.new_zeros(packing.shape.numel(), logits.shape[-1])
+        return padded.index_copy(0, packing.token_index, logits).unflatten(0, tuple(packing.shape))
+    if positions.dtype == torch.bool:
+        return logits
+    return logits.unflatten(0, (packing.shape[0], -1))
+
+
+def check_supported(config: Any) -> None:
+    """InputError naming the supported architectures unless ``config`` is of one of them."""
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(
+            f"architecture {config.model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)} "
+            "(CONTRIBUTING.md says how to add one)"
+        )
+
+
+def resolve_model(name: str) -> str:
+    """The directory of a zoo model, or the name itself."""
+    from fastcircuit import zoo
+
+    return zoo.resolve(name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

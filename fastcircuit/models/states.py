@@ -1,0 +1,129 @@
+"""What every writer wrote in one unmasked run: the corrupted activations, in each head's own width."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcircuit.models.anatomy import Anatomy, Attention
+from fastcircuit.models.packing import Packing
+
+Rotary = tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class States:
+    """Writer outputs ``y~`` of one run over T packed tokens; an axis of size 1 in place of T holds for every token.
+
+    Args:
+        embeds: outputs of the embedding tables, ``[E, T, d]``.
+        heads: what each head passes to its output projection, ``[L, T, H * d_head]``; head h writes
+            ``heads[l, :, h] @ W_O[h] + b_O / H``.
+        mlps: MLP outputs, ``[L, T, d]``.
+        has_output_bias: whether ``b_O`` is part of what the heads wrote; False when zero ablation removes it too.
+    """
+
+    embeds: Tensor
+    heads: Tensor
+    mlps: Tensor
+    has_output_bias: bool = True
+
+    def take(self, tokens: Tensor) -> "States":
+        """The states of the given packed tokens, ``[N]``."""
+        picked = {
+            name: value if value.shape[1] == 1 else value.index_select(1, tokens)
+            for name, value in (("embeds", self.embeds), ("heads", self.heads), ("mlps", self.mlps))
+        }
+        return dataclasses.replace(self, **picked)
+
+    def to(self, device: torch.device) -> "States":
+        return dataclasses.replace(
+            self, embeds=self.embeds.to(device), heads=self.heads.to(device), mlps=self.mlps.to(device)
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["States"]) -> "States":
+        """The states of several packed batches, one after the other."""
+        parts = list(parts)
+        embeds, heads, mlps = (
+            torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("embeds", "heads", "mlps")
+        )
+        return cls(embeds, heads, mlps, parts[0].has_output_bias)
+
+    def mean(self) -> "States":
+        """One vector per writer, averaged over all tokens in float32 or better (mean ablation)."""
+        return dataclasses.replace(
+            self, embeds=_token_mean(self.embeds), heads=_token_mean(self.heads), mlps=_token_mean(self.mlps)
+        )
+
+    def zero(self, output_bias: str) -> "States":
+        """Every writer replaced by zero (zero ablation).
+
+        Args:
+            output_bias: ``split`` (1/H of ``b_O`` belongs to each head and goes with it) or ``kept``.
+        """
+        return States(
+            torch.zeros_like(self.embeds[:, :1]),
+            torch.zeros_like(self.heads[:, :1]),
+            torch.zeros_like(self.mlps[:, :1]),
+            has_output_bias=output_bias == "kept",
+        )
+
+
+def _token_mean(values: Tensor) -> Tensor:
+    wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
+    return wide.mean(1, keepdim=True).to(values.dtype)
+
+
+def attend(
+    attention: Attention, query_in: Tensor, key_in: Tensor, value_in: Tensor, rotary: Rotary, packing: Packing, causal: bool
+) -> Tensor:
+    """One block's attention up to, not including, the output projection.
+
+    Args:
+        query_in, key_in, value_in: normalised inputs of every head, ``[H or 1, T, d]`` and ``[KV or 1, T, d]``.
+
+    Returns:
+        ``[T, H * d_head]``.
+    """
+    query, key = attention.query(query_in), attention.key(key_in)
+    if rotary is not None:
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+    return packing.attention(query, key, attention.value(value_in), attention.scale, causal, attention.window)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
+    width = cos.shape[-1]
+    part, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    first, second = part.chunk(2, dim=-1)
+    turned = part * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)
+
+
+def output_projection(attention: Attention) -> Tensor:
+    """All heads' output weights as one ``[H * d_head, d]`` view."""
+    return attention.out_weight.flatten(0, 1)
+
+
+@torch.no_grad()
+def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple[States, Tensor]:
+    """The plain model on packed tokens ``[T]``: what every writer wrote, and the final stream ``[T, d]`` before the norm."""
+    embeds = anatomy.embed(token_ids, packing.position_ids)
+    rotary = None if anatomy.rotary is None else anatomy.rotary(packing.position_ids)
+    stream = torch.stack(embeds).sum(0)
+    heads, mlps = [], []
+    for block in anatomy.blocks:
+        attention = block.attention
+        x = attention.norm(stream)[None]
+        out = attend(attention, x, x, x, rotary, packing, anatomy.causal)
+        stream = stream + out @ output_projection(attention)
+        if attention.out_bias is not None:
+            stream = stream + attention.out_bias
+        mlp = block.mlp(block.mlp_norm(stream))
+        stream = stream + mlp
+        heads.append(out)
+        mlps.append(mlp)
+    return States(torch.stack(embeds), torch.stack(heads), torch.stack(mlps)), stream
