@@ -1,0 +1,139 @@
+// What is the same for every instruction set: laying out the mask, splitting the columns over threads, adding up.
+#include "masked_read.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "isa.h"
+
+namespace fastcircuit {
+namespace {
+
+constexpr int64_t kAlign = 64;
+// Below this many multiply-adds a thread costs more to wake than it saves.
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+struct Buffer {
+  explicit Buffer(int64_t bytes) : data(::operator new(std::max<int64_t>(bytes, 1), std::align_val_t(kAlign))) {}
+  ~Buffer() { ::operator delete(data, std::align_val_t(kAlign)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data;
+};
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+const Kernels& kernels_for(Isa isa, Dtype stream, Dtype grad_stream) {
+#ifdef FC_X86_VARIANTS
+  if (isa == Isa::avx512) return avx512::kernels(stream, grad_stream);
+  if (isa == Isa::avx2) return avx2::kernels(stream, grad_stream);
+#endif
+  (void)isa;
+  return portable::kernels(stream, grad_stream);
+}
+
+double mask_value(const void* mask, Dtype dtype, int64_t at) {
+  if (dtype == Dtype::f64) return static_cast<const double*>(mask)[at];
+  if (dtype == Dtype::f32) return static_cast<const float*>(mask)[at];
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(mask)[at]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// panels[block][inner][row of the block]: blocks of `panel_rows` of the outer index, the last one narrower.
+template <class A>
+void fill_panels(const void* mask, Dtype dtype, int64_t outer, int64_t outer_stride, int64_t inner,
+                 int64_t inner_stride, int64_t panel_rows, A* panels) {
+  for (int64_t o = 0; o < outer; o += panel_rows) {
+    const int64_t rows = std::min(panel_rows, outer - o);
+    for (int64_t i = 0; i < inner; ++i)
+      for (int64_t row = 0; row < rows; ++row)
+        *panels++ = A(mask_value(mask, dtype, (o + row) * outer_stride + i * inner_stride));
+  }
+}
+
+void fill_panels(const void* mask, Dtype dtype, bool wide, int64_t outer, int64_t outer_stride, int64_t inner,
+                 int64_t inner_stride, int64_t panel_rows, void* panels) {
+  if (wide) {
+    fill_panels(mask, dtype, outer, outer_stride, inner, inner_stride, panel_rows, static_cast<double*>(panels));
+  } else {
+    fill_panels(mask, dtype, outer, outer_stride, inner, inner_stride, panel_rows, static_cast<float*>(panels));
+  }
+}
+
+int useful_threads(int asked, int64_t work, int64_t tiles) {
+#ifdef _OPENMP
+  return int(std::max<int64_t>(1, std::min<int64_t>({asked, work / kWorkPerThread, tiles})));
+#else
+  (void)asked, (void)work, (void)tiles;
+  return 1;
+#endif
+}
+
+// Calls body(thread, begin, end) once per thread with consecutive ranges that start at multiples of `tile`.
+template <class Body>
+void for_column_ranges(int threads, int64_t columns, int64_t tile, const Body& body) {
+  const int64_t tiles = (columns + tile - 1) / tile;
+  const auto run = [&](int64_t thread) {
+    const int64_t begin = tiles * thread / threads * tile;
+    const int64_t end = std::min(columns, tiles * (thread + 1) / threads * tile);
+    if (begin < end) body(thread, begin, end);
+  };
+  if (threads == 1) return run(0);
+  // A team smaller than asked for still covers every range.
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t thread = 0; thread < threads; ++thread) run(thread);
+}
+
+}  // namespace
+
+void masked_read(const ReadParams& p) {
+  if (p.readers == 0 || p.columns == 0) return;
+  const Kernels& k = kernels_for(p.isa, p.dtype, p.dtype);
+  const bool wide = p.dtype == Dtype::f64;
+  const Buffer panels(p.readers * p.writers * int64_t(sizeof(double)));
+  fill_panels(p.mask, p.mask_dtype, wide, p.readers, p.mask_stride_reader, p.writers, p.mask_stride_writer,
+              k.panel_rows, panels.data);
+  const int64_t tiles = (p.columns + k.tile_columns - 1) / k.tile_columns;
+  const int threads = useful_threads(p.threads, p.readers * (p.writers + 1) * p.columns, tiles);
+  const int64_t size = round_up(k.read_scratch(p), kAlign);
+  const Buffer scratch(size * threads);
+  for_column_ranges(threads, p.columns, k.tile_columns, [&](int64_t thread, int64_t begin, int64_t end) {
+    k.read(p, panels.data, static_cast<char*>(scratch.data) + thread * size, begin, end);
+  });
+}
+
+void masked_read_backward(const BackwardParams& p) {
+  const int64_t pairs = p.readers * p.writers;
+  if (p.grad_mask) std::fill(p.grad_mask, p.grad_mask + pairs, 0.0);
+  if (p.writers == 0 || p.columns == 0) return;
+  const Kernels& k = kernels_for(p.isa, p.dtype, p.grad_stream_dtype);
+  const bool wide = p.dtype == Dtype::f64;
+  const Buffer panels(pairs * int64_t(sizeof(double)));
+  fill_panels(p.mask, p.mask_dtype, wide, p.writers, p.mask_stride_writer, p.readers, p.mask_stride_reader,
+              k.panel_rows, panels.data);
+  const int64_t tiles = (p.columns + k.tile_columns - 1) / k.tile_columns;
+  const int threads = useful_threads(p.threads, 2 * (p.readers + 1) * p.writers * p.columns, tiles);
+  const int64_t size = round_up(k.backward_scratch(p), kAlign);
+  const Buffer scratch(size * threads);
+  const int64_t sums_size = round_up(pairs, kAlign);
+  const Buffer sums(p.grad_mask ? sums_size * threads * int64_t(sizeof(double)) : 0);
+  double* const partial = p.grad_mask ? static_cast<double*>(sums.data) : nullptr;
+  if (partial) std::fill(partial, partial + sums_size * threads, 0.0);
+  for_column_ranges(threads, p.columns, k.tile_columns, [&](int64_t thread, int64_t begin, int64_t end) {
+    k.backward(p, panels.data, static_cast<char*>(scratch.data) + thread * size,
+               partial ? partial + thread * sums_size : nullptr, begin, end);
+  });
+  // Always in the order of the threads, so that the same thread count gives the same bits.
+  for (int thread = 0; partial && thread < threads; ++thread)
+    for (int64_t i = 0; i < pairs; ++i) p.grad_mask[i] += partial[thread * sums_size + i];
+}
+
+}  // namespace fastcircuit

@@ -1,0 +1,76 @@
+// x_r = base + sum_w z_rw D_w over rows of `columns` numbers, and its two gradients. Pointers, shapes, strides.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcircuit {
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// Strides are in elements. Rows are contiguous; only the distance between them is free.
+struct ReadParams {
+  Dtype dtype, mask_dtype;
+  int64_t readers, writers, columns;
+  const void* stream;
+  int64_t stream_stride;
+  const void* mask;
+  int64_t mask_stride_reader, mask_stride_writer;
+  const void* base;  // null: zero
+  void* reads;
+  int64_t reads_stride;
+  int threads;
+  Isa isa;
+};
+
+struct BackwardParams {
+  Dtype dtype, mask_dtype, grad_stream_dtype;
+  int64_t readers, writers, columns;
+  const void* grad_reads;
+  int64_t grad_reads_stride;
+  const void* stream;
+  int64_t stream_stride;
+  const void* mask;
+  int64_t mask_stride_reader, mask_stride_writer;
+  void* grad_stream;  // null: not wanted
+  int64_t grad_stream_stride;
+  bool accumulate;      // add to grad_stream instead of overwriting it
+  double* grad_mask;    // [readers, writers]; null: not wanted
+  int threads;
+  Isa isa;
+};
+
+void masked_read(const ReadParams& params);
+void masked_read_backward(const BackwardParams& params);
+
+// What one thread does to columns [begin, end). `panels` is the mask in the order the tiles read it, in the
+// accumulation type; `scratch` has the size the matching *_scratch function asks for, 64-byte aligned.
+using ReadRange = void (*)(const ReadParams&, const void* panels, void* scratch, int64_t begin, int64_t end);
+using BackwardRange = void (*)(const BackwardParams&, const void* panels, void* scratch, double* grad_mask,
+                               int64_t begin, int64_t end);
+
+// The kernels of one instruction set for one stream dtype.
+struct Kernels {
+  int64_t tile_columns;  // ranges start at multiples of this
+  int64_t panel_rows;    // rows of the mask interleaved in one panel
+  int64_t (*read_scratch)(const ReadParams&);
+  ReadRange read;
+  int64_t (*backward_scratch)(const BackwardParams&);
+  BackwardRange backward;
+};
+
+namespace portable {
+const Kernels& kernels(Dtype stream, Dtype grad_stream);
+}
+namespace avx2 {
+const Kernels& kernels(Dtype stream, Dtype grad_stream);
+}
+namespace avx512 {
+const Kernels& kernels(Dtype stream, Dtype grad_stream);
+}
+
+}  // namespace fastcircuit

@@ -1,0 +1,118 @@
+// The forward kernel: tiles of kTile columns; the stream is read from memory once, by the first block of readers,
+// which leaves it packed for the others. Packing also undoes the power-of-two row stride that would otherwise
+// send every row of a tile to the same few cache sets.
+#pragma once
+
+#include "simd.h"
+
+namespace fastcircuit {
+namespace FC_ISA {
+
+#if FC_VECTOR_BYTES == 64
+constexpr int kRows = 6, kVecs = 4;
+#elif FC_VECTOR_BYTES == 32
+constexpr int kRows = 6, kVecs = 2;
+#else
+constexpr int kRows = 4, kVecs = 2;
+#endif
+constexpr int kPrefetchRows = 8;
+
+template <class A>
+constexpr int kTile = kVecs * Simd<A>::kLanes;
+
+// out[Rows, kTile] = base + z[W, Rows]^T rows[W, kTile]; with Pack the rows are also copied to `packed`.
+template <class S, int Rows, bool Pack, class A = typename Traits<S>::Accumulate>
+FC_INLINE void read_tile(const A* z, const S* rows, int64_t stride, A* packed, int64_t writers, const S* base, S* out,
+                         int64_t out_stride) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  Vec<A> acc[Rows][kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec<A> start = base ? Traits<S>::load(base + v * kLanes) : Vec<A>{};
+    for (int i = 0; i < Rows; ++i) acc[i][v] = start;
+  }
+  for (int64_t w = 0; w < writers; ++w) {
+    Vec<A> d[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      if constexpr (Pack) {
+        __builtin_prefetch(rows + kPrefetchRows * stride + v * kLanes);
+        d[v] = Traits<S>::load(rows + v * kLanes);
+        Traits<A>::store(packed + v * kLanes, d[v]);
+      } else {
+        d[v] = Traits<A>::load(packed + v * kLanes);
+      }
+    }
+    for (int i = 0; i < Rows; ++i) {
+      const Vec<A> zi = splat(z[i]);
+      for (int v = 0; v < kVecs; ++v) acc[i][v] += zi * d[v];
+    }
+    z += Rows;
+    rows += stride;
+    packed += kTile<A>;
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < kVecs; ++v) Traits<S>::store(out + i * out_stride + v * kLanes, acc[i][v]);
+}
+
+template <class S, bool Pack, int Rows = kRows, class A = typename Traits<S>::Accumulate>
+FC_INLINE void read_tile_rows(int64_t rows, const A* z, const S* stream, int64_t stride, A* packed, int64_t writers,
+                              const S* base, S* out, int64_t out_stride) {
+  if (rows == Rows) {
+    read_tile<S, Rows, Pack>(z, stream, stride, packed, writers, base, out, out_stride);
+  } else if constexpr (Rows > 1) {
+    read_tile_rows<S, Pack, Rows - 1>(rows, z, stream, stride, packed, writers, base, out, out_stride);
+  }
+}
+
+// One tile for all readers. `base` and the rows of `stream` must be readable for a whole tile.
+template <class S, class A = typename Traits<S>::Accumulate>
+void read_tile_all(const ReadParams& p, const A* panels, A* packed, const S* stream, int64_t stride, const S* base,
+                   S* out, int64_t out_stride) {
+  for (int64_t r = 0; r < p.readers; r += kRows) {
+    const int64_t rows = p.readers - r < kRows ? p.readers - r : kRows;
+    const A* z = panels + r * p.writers;
+    if (r == 0) {
+      read_tile_rows<S, true>(rows, z, stream, stride, packed, p.writers, base, out, out_stride);
+    } else {
+      read_tile_rows<S, false>(rows, z, stream, stride, packed, p.writers, base, out + r * out_stride, out_stride);
+    }
+  }
+}
+
+// A last tile narrower than kTile goes through copies that are a whole tile wide.
+template <class S, class A = typename Traits<S>::Accumulate>
+void read_tail(const ReadParams& p, const A* panels, A* packed, char* scratch, int64_t begin, int64_t width) {
+  constexpr int64_t kWide = kTile<A>;
+  S* rows = reinterpret_cast<S*>(scratch);
+  S* base = rows + p.writers * kWide;
+  S* out = base + kWide;
+  const S* stream = static_cast<const S*>(p.stream) + begin;
+  std::memset(rows, 0, sizeof(S) * (p.writers + 1) * kWide);
+  for (int64_t w = 0; w < p.writers; ++w)
+    std::memcpy(rows + w * kWide, stream + w * p.stream_stride, sizeof(S) * width);
+  if (p.base) std::memcpy(base, static_cast<const S*>(p.base) + begin, sizeof(S) * width);
+  read_tile_all<S>(p, panels, packed, rows, kWide, base, out, kWide);
+  for (int64_t r = 0; r < p.readers; ++r)
+    std::memcpy(static_cast<S*>(p.reads) + r * p.reads_stride + begin, out + r * kWide, sizeof(S) * width);
+}
+
+template <class S, class A = typename Traits<S>::Accumulate>
+int64_t read_scratch(const ReadParams& p) {
+  return kTile<A> * (p.writers * sizeof(A) + (p.writers + 1 + p.readers) * sizeof(S));
+}
+
+template <class S, class A = typename Traits<S>::Accumulate>
+void read_range(const ReadParams& p, const void* panels, void* scratch, int64_t begin, int64_t end) {
+  A* packed = static_cast<A*>(scratch);
+  const A* z = static_cast<const A*>(panels);
+  const S* stream = static_cast<const S*>(p.stream);
+  const S* base = static_cast<const S*>(p.base);
+  S* reads = static_cast<S*>(p.reads);
+  for (; begin + kTile<A> <= end; begin += kTile<A>)
+    read_tile_all<S>(p, z, packed, stream + begin, p.stream_stride, base ? base + begin : nullptr, reads + begin,
+                     p.reads_stride);
+  if (begin < end)
+    read_tail<S>(p, z, packed, reinterpret_cast<char*>(packed + p.writers * kTile<A>), begin, end - begin);
+}
+
+}  // namespace FC_ISA
+}  // namespace fastcircuit

@@ -1,0 +1,160 @@
+"""Launches the C++ kernels: checks that tensors lie as they want, and passes addresses, shapes and strides."""
+
+import os
+from importlib import resources
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastcircuit.errors import InputError
+
+# Torch comes first on purpose: its OpenMP runtime then serves the extension too, and there is one pool of threads.
+try:
+    from fastcircuit import _C  # type: ignore[attr-defined]
+
+    _import_error: ImportError | None = None
+except ImportError as error:
+    _C: ModuleType | None = None  # type: ignore[no-redef]
+    _import_error = error
+
+ISAS = ("portable", "avx2", "avx512")
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def build_note() -> str:
+    """What the build found missing (no compiler, no OpenMP), or an empty string."""
+    note = resources.files("fastcircuit").joinpath("build_note.txt")
+    return note.read_text().strip() if note.is_file() else ""
+
+
+def missing_reason() -> str | None:
+    """Why the extension cannot be used on this machine, or None."""
+    if _C is not None:
+        return None
+    why = build_note() or f"it was not built or does not load ({_import_error})"
+    return f"the C++ extension fastcircuit._C is missing: {why}. Install a C++17 compiler and reinstall fastcircuit"
+
+
+def runnable_isas() -> list[str]:
+    """The instruction sets the extension can use on this machine, slowest first."""
+    return _C.runnable_isas() if _C is not None else []
+
+
+def _choose_isa() -> int:
+    runnable = runnable_isas()
+    name = os.environ.get("FASTCIRCUIT_ISA") or (runnable[-1] if runnable else "portable")
+    if runnable and name not in runnable:
+        raise InputError(f"FASTCIRCUIT_ISA: got {name!r}; this machine can run {', '.join(runnable)}")
+    return ISAS.index(name)
+
+
+_isa = _choose_isa()
+
+
+def force_isa(name: str | None) -> None:
+    """Use this instruction set from now on (None: the best one, or $FASTCIRCUIT_ISA). For tests and benchmarks."""
+    global _isa
+    if name is not None and name not in runnable_isas():
+        raise InputError(f"isa: got {name!r}; this machine can run {', '.join(runnable_isas())}")
+    _isa = _choose_isa() if name is None else ISAS.index(name)
+
+
+def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
+    """Why the kernels cannot take these tensors, given in the order of the op."""
+    first = 0 if op == "masked_read" else 1
+    stream = tensors[first]
+    assert stream is not None
+    reasons = []
+    if stream.device.type != "cpu":
+        reasons.append(f"stream is on {stream.device}, not on the CPU")
+    if stream.dtype not in _CODES:
+        reasons.append(f"stream is {stream.dtype}; the kernels have float32, float64 and bfloat16")
+    if not _has_dense_rows(stream):
+        reasons.append("the [T, d] of each stream row is not contiguous, or rows overlap")
+    if op == "masked_read_backward_" and tensors[3] is not None and not _has_dense_rows(tensors[3]):
+        reasons.append("the [T, d] of each grad_stream row is not contiguous, or rows overlap")
+    return reasons
+
+
+def _has_dense_rows(tensor: Tensor) -> bool:
+    writers, tokens, width = tensor.shape
+    row, token, one = tensor.stride()
+    if (one == 1 or width == 1) and (token == width or tokens == 1) and (row >= tokens * width or writers == 1):
+        return True
+    return tensor.numel() == 0
+
+
+def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
+    """``base + sum_j mask[r, j] * stream[j]``."""
+    writers, tokens, width = stream.shape
+    readers = mask.shape[0]
+    reads = stream.new_empty((readers, tokens, width))
+    if base is not None and not base.is_contiguous():
+        base = base.contiguous()
+    _C.masked_read(  # type: ignore[union-attr]
+        _isa,
+        torch.get_num_threads(),
+        _CODES[stream.dtype],
+        _CODES[mask.dtype],
+        readers,
+        writers,
+        tokens * width,
+        stream.data_ptr(),
+        stream.stride(0),
+        mask.data_ptr(),
+        *mask.stride(),
+        0 if base is None else base.data_ptr(),
+        reads.data_ptr(),
+    )
+    return reads
+
+
+def masked_read_backward_(
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool
+) -> Tensor | None:
+    """Add ``mask^T grad_reads`` to ``grad_stream`` and return ``<grad_reads[r], stream[w]>``."""
+    return _backward(grad_reads, stream, mask, grad_stream, needs_mask_grad, accumulate=True)
+
+
+def masked_read_grads(
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``masked_read`` as new tensors; None for one that is not needed."""
+    grad_stream = stream.new_empty(stream.shape) if needs_stream else None
+    grad_mask = _backward(grad_reads, stream, mask, grad_stream, needs_mask, accumulate=False)
+    return grad_stream, grad_mask
+
+
+def _backward(
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    accumulate: bool,
+) -> Tensor | None:
+    writers, tokens, width = stream.shape
+    if not grad_reads.is_contiguous():
+        grad_reads = grad_reads.contiguous()
+    sums = torch.empty(mask.shape, dtype=torch.float64) if needs_mask_grad else None
+    _C.masked_read_backward(  # type: ignore[union-attr]
+        _isa,
+        torch.get_num_threads(),
+        _CODES[stream.dtype],
+        _CODES[mask.dtype],
+        _CODES[stream.dtype if grad_stream is None else grad_stream.dtype],
+        mask.shape[0],
+        writers,
+        tokens * width,
+        grad_reads.data_ptr(),
+        stream.data_ptr(),
+        stream.stride(0),
+        mask.data_ptr(),
+        *mask.stride(),
+        0 if grad_stream is None else grad_stream.data_ptr(),
+        0 if grad_stream is None else grad_stream.stride(0),
+        accumulate,
+        0 if sums is None else sums.data_ptr(),
+    )
+    return None if sums is None else sums.to(mask.dtype)

@@ -1,0 +1,111 @@
+"""The ops as torch.library knows them: schemas, fake implementations, autograd. Registered once, on import."""
+
+import torch
+from torch import Tensor
+
+from fastcircuit.errors import InputError
+from fastcircuit.ops.backends import choose
+
+_LIB = torch.library.Library("fastcircuit", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+_LIB.define("masked_read(Tensor stream, Tensor mask, Tensor? base, str backend) -> Tensor", tags=_TAGS)
+_LIB.define(
+    "masked_read_grads(Tensor grad_reads, Tensor stream, Tensor mask, bool needs_stream, bool needs_mask, str backend)"
+    " -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIB.define(
+    "masked_read_backward_(Tensor grad_reads, Tensor stream, Tensor mask, Tensor(a!)? grad_stream,"
+    " bool needs_mask_grad, str backend) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _absent(like: Tensor) -> Tensor:
+    """What stands for None in an op's result: torch.library results cannot be optional."""
+    return like.new_empty(0)
+
+
+@torch.library.impl(_LIB, "masked_read", "CompositeExplicitAutograd")
+def _masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, backend: str) -> Tensor:
+    return choose("masked_read", backend, stream, mask, base)(stream, mask, base)
+
+
+@torch.library.register_fake("fastcircuit::masked_read", lib=_LIB)
+def _masked_read_fake(stream: Tensor, mask: Tensor, base: Tensor | None, backend: str) -> Tensor:
+    return stream.new_empty(mask.shape[0], stream.shape[1], stream.shape[2])
+
+
+@torch.library.impl(_LIB, "masked_read_grads", "CompositeExplicitAutograd")
+def _masked_read_grads(
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = choose("masked_read_grads", backend, grad_reads, stream, mask)
+    grad_stream, grad_mask = run(grad_reads, stream, mask, needs_stream, needs_mask)
+    return (
+        _absent(stream) if grad_stream is None else grad_stream,
+        _absent(mask) if grad_mask is None else grad_mask,
+    )
+
+
+@torch.library.register_fake("fastcircuit::masked_read_grads", lib=_LIB)
+def _masked_read_grads_fake(
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return (
+        stream.new_empty(stream.shape) if needs_stream else _absent(stream),
+        mask.new_empty(mask.shape) if needs_mask else _absent(mask),
+    )
+
+
+@torch.library.impl(_LIB, "masked_read_backward_", "CompositeExplicitAutograd")
+def _masked_read_backward_(
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool, backend: str
+) -> Tensor:
+    run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream)
+    grad_mask = run(grad_reads, stream, mask, grad_stream, needs_mask_grad)
+    return _absent(mask) if grad_mask is None else grad_mask
+
+
+@torch.library.register_fake("fastcircuit::masked_read_backward_", lib=_LIB)
+def _masked_read_backward_fake(
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool, backend: str
+) -> Tensor:
+    return mask.new_empty(mask.shape) if needs_mask_grad else _absent(mask)
+
+
+def _save(ctx, inputs, output) -> None:
+    stream, mask, base, ctx.backend = inputs
+    needs_stream, needs_mask, *_ = ctx.needs_input_grad
+    ctx.has_base = base is not None
+    ctx.save_for_backward(stream if needs_mask else None, mask if needs_stream else None)
+    ctx.stream_like = (stream.shape, stream.dtype)
+    ctx.mask_like = (mask.shape, mask.dtype)
+
+
+def _backward(ctx, grad_reads: Tensor):
+    needs_stream, needs_mask, needs_base, _ = ctx.needs_input_grad
+    stream, mask = ctx.saved_tensors
+    grad_stream = grad_mask = None
+    if needs_stream or needs_mask:
+        # The op wants both operands; the one nothing reads is a placeholder that costs no memory.
+        stream = _placeholder(grad_reads, *ctx.stream_like) if stream is None else stream
+        mask = _placeholder(grad_reads, *ctx.mask_like) if mask is None else mask
+        grad_stream, grad_mask = torch.ops.fastcircuit.masked_read_grads.default(
+            grad_reads, stream, mask, needs_stream, needs_mask, ctx.backend
+        )
+    grad_base = grad_reads.sum(0) if needs_base and ctx.has_base else None
+    return grad_stream if needs_stream else None, grad_mask if needs_mask else None, grad_base, None
+
+
+def _placeholder(near: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty((), dtype=dtype, device=near.device).expand(shape)
+
+
+def _no_second_derivative(ctx, *grads: Tensor):
+    raise InputError("masked_read: second derivatives are not implemented; accepted is one backward pass")
+
+
+torch.library.register_autograd("fastcircuit::masked_read", _backward, setup_context=_save, lib=_LIB)
+torch.library.register_autograd("fastcircuit::masked_read_grads", _no_second_derivative, lib=_LIB)

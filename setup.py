@@ -1,0 +1,89 @@
+"""Builds fastcircuit._C with ninja: one object per source and instruction set, in parallel, only what changed."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NOTE = "build_note.txt"
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+VARIANTS = {"portable": (16, []), "avx2": (32, ["-mavx2", "-mfma"])}
+VARIANTS["avx512"] = (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"])
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: $CXX, or the first one on the path."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    return [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")]
+
+
+def compiles(cxx: list[str], flags: list[str], work: Path) -> str | None:
+    """Why the compiler cannot build a small shared library with these flags, or None if it can."""
+    source = work / "probe.cpp"
+    source.write_text("#include <vector>\nint probe() { return (int)std::vector<int>(1).size(); }\n")
+    command = [*cxx, *COMMON, *flags, "-shared", str(source), "-o", str(work / "probe.so")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return f"no C++ compiler: {error}"
+    return None if done.returncode == 0 else f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}"
+
+
+def ninja_rules(cxx: list[str], openmp: list[str], target: Path) -> str:
+    """The build.ninja text: kernels once per instruction set, the rest once, one link."""
+    import pybind11
+
+    link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    variants = VARIANTS if x86 else {"portable": VARIANTS["portable"]}
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    jobs = {"bindings": ("bindings", include), "masked_read": ("masked_read", [])}
+    for name, (size, flags) in variants.items():
+        jobs[f"kernels_{name}"] = ("masked_read_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
+    shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else [])]
+    lines = ["ninja_required_version = 1.5"]
+    lines += [f"rule cc\n  command = {shlex.join([*cxx, *shared])} $flags -MMD -MF $out.d -c $in -o $out"]
+    lines[-1] += "\n  depfile = $out.d\n  deps = gcc"
+    lines += [f"rule link\n  command = {shlex.join([*cxx, *link])} $in {shlex.join(openmp)} -o $out"]
+    for job, (source, flags) in jobs.items():
+        path = str(ROOT / "csrc" / f"{source}.cpp").replace(":", "$:").replace(" ", "$ ")
+        lines += [f"build {job}.o: cc {path}\n  flags = {shlex.join(flags)}"]
+    output = str(target).replace(":", "$:").replace(" ", "$ ")
+    return "\n".join([*lines, f"build {output}: link {' '.join(f'{job}.o' for job in jobs)}", ""])
+
+
+class NinjaBuild(build_ext):
+    """The extension is optional: without a compiler the package installs, and a note says what is missing."""
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        work = Path(self.build_temp).resolve() / extension.name
+        for folder in (work, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        cxx = compiler()
+        note = compiles(cxx, [], work)
+        if note is None:
+            missing_openmp = compiles(cxx, ["-fopenmp"], work)
+            note = f"no OpenMP, so one thread only: {missing_openmp}" if missing_openmp else ""
+            (work / "build.ninja").write_text(ninja_rules(cxx, [] if missing_openmp else ["-fopenmp"], target))
+            import ninja
+
+            subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
+        (target.parent / NOTE).write_text(note)
+        self.announce(f"fastcircuit: {note or 'native kernels built'}", level=2)
+
+    def get_outputs(self) -> list[str]:
+        built = [Path(self.get_ext_fullpath(e.name)) for e in self.extensions]
+        return [str(p) for b in built for p in (b, b.parent / NOTE) if p.exists()]
+
+
+setup(ext_modules=[Extension("fastcircuit._C", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
