@@ -1,0 +1,175 @@
+"""What a task is: pairs of a clean and a corrupted prompt, the right and the wrong next tokens, in splits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastcircuit.errors import InputError
+
+NOTHING = -100  # where there is no answer or no distractor; the index cross_entropy ignores
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One clean prompt, its corrupted twin of the same length, and what should follow.
+
+    Args:
+        clean: token ids up to the last answer position.
+        corrupted: token ids, as many.
+        positions: where the logits predict an answer token, ascending.
+        answers: the right next token at each of ``positions``.
+        distractors: the wrong next token at each of ``positions``, ``NOTHING`` where there is none.
+        where: names the pair in errors ("pairs.jsonl line 3").
+    """
+
+    clean: tuple[int, ...]
+    corrupted: tuple[int, ...]
+    positions: tuple[int, ...]
+    answers: tuple[int, ...]
+    distractors: tuple[int, ...]
+    where: str = "pair"
+
+    def check(self, vocab_size: int | None = None) -> None:
+        """Raise :class:`InputError` with the one thing that is wrong with this pair."""
+        if len(self.clean) != len(self.corrupted):
+            raise InputError(
+                f"{self.where}: the clean prompt has {len(self.clean)} tokens and the corrupted one "
+                f"{len(self.corrupted)}; they must align, reword one of them"
+            )
+        if not self.positions:
+            raise InputError(f"{self.where}: there is no answer to predict; give at least one answer position")
+        if not len(self.positions) == len(self.answers) == len(self.distractors):
+            raise InputError(
+                f"{self.where}: {len(self.positions)} positions, {len(self.answers)} answers and "
+                f"{len(self.distractors)} distractors; give one of each per position ({NOTHING} for no distractor)"
+            )
+        if list(self.positions) != sorted(set(self.positions)) or not (
+            0 <= self.positions[0] and self.positions[-1] < len(self.clean)
+        ):
+            raise InputError(
+                f"{self.where}: answer positions {list(self.positions)} must ascend within 0..{len(self.clean) - 1}"
+            )
+        real = [*self.clean, *self.corrupted, *self.answers, *(d for d in self.distractors if d != NOTHING)]
+        check_ids(min(real), max(real), vocab_size, self.where)
+
+
+def check_ids(lowest: int, highest: int, vocab_size: int | None, where: str) -> None:
+    """Raise :class:`InputError` when a token id is not in ``0..vocab_size - 1``."""
+    if lowest < 0:
+        raise InputError(f"{where}: {lowest} is not a token id; ids start at 0")
+    if vocab_size is not None and highest >= vocab_size:
+        raise InputError(
+            f"{where}: token id {highest} is outside the vocabulary of {vocab_size} tokens; "
+            "load the task with the model's own tokenizer"
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split: N pairs, right-padded to S tokens, on the CPU.
+
+    Args:
+        input_ids: ``[N, S]`` int64, 0 where padded.
+        corrupted_input_ids: ``[N, S]`` int64, the same lengths row by row.
+        attention_mask: ``[N, S]`` bool, False where padded.
+        answer_mask: ``[N, S]`` bool, True where the logits predict an answer token.
+        answers: ``[N, S]`` int64, the right next token where ``answer_mask``, -100 elsewhere.
+        distractors: ``[N, S]`` int64, the wrong next token to compare with, -100 where there is none.
+    """
+
+    input_ids: Tensor
+    corrupted_input_ids: Tensor
+    attention_mask: Tensor
+    answer_mask: Tensor
+    answers: Tensor
+    distractors: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[Pair], vocab_size: int | None = None, name: str = "split") -> "Examples":
+        """Check, pad and stack pairs.
+
+        Raises:
+            InputError: no pairs (``name`` says of which split), or a pair that is wrong (its ``where`` says which).
+        """
+        if not pairs:
+            raise InputError(f"{name} is empty; give it at least one pair")
+        for pair in pairs:
+            pair.check(vocab_size)
+        rows, width = len(pairs), max(len(pair.clean) for pair in pairs)
+        ids, corrupted = torch.zeros(2, rows, width, dtype=torch.int64)
+        answers, distractors = torch.full((2, rows, width), NOTHING)
+        attended, asked = torch.zeros(2, rows, width, dtype=torch.bool)
+        for row, pair in enumerate(pairs):
+            length, positions = len(pair.clean), list(pair.positions)
+            ids[row, :length] = torch.tensor(pair.clean)
+            corrupted[row, :length] = torch.tensor(pair.corrupted)
+            attended[row, :length] = True
+            asked[row, positions] = True
+            answers[row, positions] = torch.tensor(pair.answers)
+            distractors[row, positions] = torch.tensor(pair.distractors)
+        return cls(ids, corrupted, attended, asked, answers, distractors)
+
+    @classmethod
+    def concat(cls, parts: Sequence["Examples"]) -> "Examples":
+        """The rows of several splits under each other, padded to the widest."""
+        if not parts:
+            raise InputError("nothing to concatenate; give at least one split")
+        width = max(part.input_ids.shape[1] for part in parts)
+        columns = []
+        for field in fields(cls):
+            fill = NOTHING if field.name in ("answers", "distractors") else 0
+            tensors = [getattr(part, field.name) for part in parts]
+            columns.append(
+                torch.cat([torch.nn.functional.pad(t, (0, width - t.shape[1]), value=fill) for t in tensors])
+            )
+        return cls(*columns)
+
+    def select(self, rows: slice | Sequence[int] | Tensor) -> "Examples":
+        """The given rows, trimmed to the longest of them. No rows gives no rows (and no columns)."""
+        if not isinstance(rows, slice | Tensor):
+            rows = torch.tensor(list(rows), dtype=torch.int64)
+        picked = [getattr(self, field.name)[rows] for field in fields(self)]
+        attended = picked[2]
+        width = int(attended.sum(1).max()) if attended.shape[0] else 0
+        return Examples(*(column[:, :width].contiguous() for column in picked))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A behaviour to explain: examples in splits and how to score them.
+
+    Args:
+        name: what ``load_task`` knows it by.
+        splits: "train", "validation", "test" (some files have fewer).
+        answer_tokens: the answers among which KL and metrics compare; None compares over the full vocabulary.
+        description: one sentence.
+    """
+
+    name: str
+    splits: Mapping[str, Examples]
+    answer_tokens: tuple[int, ...] | None
+    description: str
+
+    def split(self, name: str) -> Examples:
+        """The examples of one split.
+
+        Raises:
+            InputError: the task has no such split.
+        """
+        if name not in self.splits:
+            raise InputError(f"task {self.name} has no split {name!r}; it has: {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise :class:`InputError` when a token of this task is outside a model's vocabulary."""
+        for name, examples in self.splits.items():
+            tokens = (examples.input_ids, examples.corrupted_input_ids, examples.answers, examples.distractors)
+            highest = torch.stack(tokens).amax((0, 2))  # [N]
+            row = int(highest.argmax())
+            check_ids(0, int(highest[row]), vocab_size, f"task {self.name}, {name} pair {row + 1}")
