@@ -58,13 +58,16 @@ def edge_writers(graph: Graph, device: torch.device) -> Tensor:
 
 
 def sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One hard-concrete sample per entry, differentiable in ``log_alpha``.
-
-    ``z = clamp(s * 1.2 - 0.1, 0, 1)``, ``s = sigmoid((ln u - ln(1 - u) + log_alpha) / (2/3))``,
-    ``u ~ Uniform(1e-6, 1 - 1e-6)``. The gradient is exactly 0 where the clamp holds.
-    """
+    """One hard-concrete sample per entry, differentiable in ``log_alpha``; see :func:`sample_at`."""
     uniform = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device)
-    uniform = uniform.mul_(1 - 2 * EPSILON).add_(EPSILON)
+    return sample_at(log_alpha, uniform.mul_(1 - 2 * EPSILON).add_(EPSILON))
+
+
+def sample_at(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+    """The hard-concrete value at ``uniform`` in (0, 1): ``z = clamp(1.2 s - 0.1, 0, 1)``.
+
+    ``s = sigmoid((ln u - ln(1 - u) + log_alpha) / (2/3))``. The gradient is exactly 0 where the clamp holds.
+    """
     low, high = STRETCH
     concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE)
     return torch.clamp(concrete * (high - low) + low, 0, 1)

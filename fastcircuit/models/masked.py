@@ -81,7 +81,7 @@ class MaskedCausalLM(nn.Module):
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"cannot load model {name!r}: {_first_line(error)}") from error
+            raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
         return cls(model, embedding_nodes, recompute, backend)
 
     @property
@@ -227,5 +227,5 @@ def resolve_model(name: str) -> str:
     return zoo.resolve(name)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -35,12 +35,15 @@ def _run(model, graph, z, ids, corrupted, output_bias):
     zero = corrupted == "zero" if isinstance(corrupted, str) else False
     kept_bias = 0
 
+    incoming = {reader: [] for reader in graph.readers}
+    for (writer, reader), value in z.items():
+        incoming[reader].append((writer, value))
+
     def read(reader):
         x = always + kept_bias
-        for (writer, other), value in z.items():
-            if other == reader:
-                alternative = 0 if zero or corrupted is None else corrupted[writer]
-                x = x + value * written[writer] + (1 - value) * alternative
+        for writer, value in incoming[reader]:
+            alternative = 0 if zero or corrupted is None else corrupted[writer]
+            x = x + value * written[writer] + (1 - value) * alternative
         return x + torch.zeros(len(ids), model.config.hidden_size, dtype=model.dtype)
 
     group = graph.num_heads // graph.num_kv_heads

@@ -1,0 +1,139 @@
+"""``discover``: from a model and a task to a circuit with exactly as many edges as asked for."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastcircuit.circuit import Circuit
+from fastcircuit.discovery import upstream
+from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
+from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
+from fastcircuit.discovery.settings import Settings
+from fastcircuit.errors import InputError
+from fastcircuit.evaluation.reference import Reference
+from fastcircuit.files import write_atomically
+from fastcircuit.masks import Masks
+from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.tasks.task import Task
+
+METHODS = ("edge-pruning",)
+DEFAULT_SPARSITY = 0.95
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What :func:`discover` found.
+
+    Args:
+        circuit: the kept edges.
+        masks: log-alphas, ``edge`` ``[num_edges]`` and ``node`` ``[num_writers]`` (higher: kept more surely).
+        history: one row per step: step, KL, penalty, edge sparsity, its target (float64 ``[steps, 5]``).
+    """
+
+    circuit: Circuit
+    masks: Masks
+    history: Tensor
+    columns: tuple[str, ...] = COLUMNS
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Write ``circuit.json`` and ``masks.safetensors`` (``edge``, ``node``, ``history``) into ``directory``."""
+        circuit, masks = Path(directory) / "circuit.json", Path(directory) / "masks.safetensors"
+        assert self.masks.node is not None
+        tensors = {"edge": self.masks.edge, "node": self.masks.node, "history": self.history}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        metadata = {"format": "fastcircuit.masks/1", "columns": ",".join(self.columns)}
+        write_atomically(masks, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        self.circuit.save(circuit)
+        return [circuit, masks]
+
+
+def discover(
+    model: MaskedCausalLM,
+    task: Task,
+    method: str = "edge-pruning",
+    *,
+    sparsity: float | None = None,
+    edges: int | None = None,
+    settings: Settings | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    on_report: Callable[[Report], None] | None = None,
+    **changes: Any,
+) -> Discovery:
+    """Find the circuit of ``task`` in ``model`` on its train split.
+
+    Args:
+        method: ``edge-pruning``.
+        sparsity: fraction of edges to remove; the circuit keeps exactly ``round((1 - sparsity) * num_edges)``.
+        edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat``, whatever
+            the run arrives at.
+        settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
+        checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
+        on_report: called every few steps with a :class:`Report`.
+
+    Raises:
+        InputError: unknown method or setting, a task the model cannot run.
+        RunError: the loss is not finite.
+    """
+    if method not in METHODS:
+        raise InputError(f"no method {method!r}; methods are {', '.join(METHODS)}")
+    settings = (settings or Settings()).changed(changes)
+    num_edges = _edges_wanted(model, settings, sparsity, edges)
+    train = task.split("train")
+    reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
+    run = EdgePruning(
+        reference,
+        num_edges or model.graph.num_edges,
+        settings,
+        {"model": model.about, "graph": dataclasses.asdict(model.graph), "task": task.name, "examples": len(train)},
+    )
+    path = None if checkpoint is None else Path(checkpoint)
+    if resume:
+        if path is None:
+            raise InputError("resume needs the checkpoint to resume from")
+        run.resume(path)
+    run.run(path, on_report=on_report)
+    return _finish(run, task, num_edges)
+
+
+def _edges_wanted(
+    model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None
+) -> int | None:
+    if sparsity is not None and edges is not None:
+        raise InputError("give sparsity or edges, not both")
+    if edges is not None:
+        return check_num_edges(model.graph, edges)
+    if sparsity is None:
+        if settings.upstream_compat:
+            return None
+        sparsity = DEFAULT_SPARSITY
+    return edges_for_sparsity(model.graph, sparsity)
+
+
+def _finish(run: EdgePruning, task: Task, num_edges: int | None) -> Discovery:
+    settings, parameters = run.settings, run.parameters
+    if settings.upstream_compat:
+        circuit = upstream.published_circuit(parameters, num_edges)
+    else:
+        assert num_edges is not None
+        circuit = top_circuit(run.model.graph, parameters.scores(), num_edges, settings.ablation)
+    circuit = dataclasses.replace(
+        circuit,
+        model=run.model.about,
+        task=task.name,
+        provenance={
+            "method": "edge-pruning",
+            "settings": settings.to_dict(),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+    )
+    masks = Masks(parameters.edge.detach().cpu(), parameters.node.detach().cpu())
+    return Discovery(circuit, masks, torch.tensor(run.history, dtype=torch.float64))

@@ -1,0 +1,93 @@
+"""What Edge Pruning learns: log-alphas of edges and writers, and the Lagrange multipliers."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastcircuit.discovery.settings import Settings
+from fastcircuit.graph import Graph
+from fastcircuit.masks import Lagrangian, Masks, edge_writers, probability_of_zero, sample, target_sparsity
+
+_INITIAL_SPREAD = 0.01
+
+
+class MaskParameters(nn.Module):
+    """Log-alphas ``edge`` ``[num_edges]`` and ``node`` ``[num_writers]``, and the multipliers of both sparsities.
+
+    Args:
+        num_edges: edges the circuit should end with; sets the edge target unless the settings give one.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        settings: Settings,
+        num_edges: int,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.graph, self.settings, self.num_edges = graph, settings, num_edges
+        self.edge, self.node = (
+            nn.Parameter(
+                settings.initial_log_alpha
+                + _INITIAL_SPREAD * torch.randn(size, generator=generator, device=generator.device, dtype=dtype)
+            )
+            for size in (graph.num_edges, graph.num_writers)
+        )
+        self.edge_multipliers = Lagrangian(settings.linear_term)
+        self.node_multipliers = Lagrangian(settings.linear_term)
+        self.to(generator.device)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over log-alphas (descent) and multipliers (ascent)."""
+        settings = self.settings
+        multipliers = list(self.edge_multipliers.parameters())
+        if settings.node_target is not None:
+            multipliers += self.node_multipliers.parameters()
+        groups = [
+            {"params": [self.edge, self.node], "lr": settings.learning_rate},
+            {"params": multipliers, "lr": settings.multiplier_learning_rate, "maximize": True},
+        ]
+        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+
+    def sample(self, generator: torch.Generator) -> Masks:
+        """One hard-concrete sample of every mask."""
+        return Masks(sample(self.edge, generator), sample(self.node, generator))
+
+    def edge_sparsity(self, masks: Masks) -> Tensor:
+        """Edge sparsity the Lagrangian sees: expected (of the edge-and-writer product), or of the sampled edge masks."""
+        if self.settings.sparsity_estimate == "sampled":
+            return 1 - masks.edge.mean()
+        node = 1 - probability_of_zero(self.node)
+        return 1 - ((1 - probability_of_zero(self.edge)) * node[edge_writers(self.graph, node.device)]).mean()
+
+    def node_sparsity(self, masks: Masks) -> Tensor:
+        """Writer sparsity the Lagrangian sees."""
+        if self.settings.sparsity_estimate == "sampled":
+            assert masks.node is not None
+            return 1 - masks.node.mean()
+        return probability_of_zero(self.node).mean()
+
+    def penalty(self, masks: Masks, step: int) -> tuple[Tensor, Tensor, float]:
+        """The Lagrangian terms, the edge sparsity, and its target at ``step``."""
+        settings = self.settings
+        goal = settings.edge_target
+        if goal is None:
+            goal = 1 - self.num_edges / self.graph.num_edges
+        target = target_sparsity(step, settings.sparsity_warmup, goal, settings.schedule)
+        sparsity = self.edge_sparsity(masks)
+        penalty = self.edge_multipliers(sparsity, target)
+        if settings.node_target is not None:
+            node_target = target_sparsity(step, settings.sparsity_warmup, settings.node_target, settings.schedule)
+            penalty = penalty + self.node_multipliers(self.node_sparsity(masks), node_target)
+        return penalty, sparsity, target
+
+    @torch.no_grad()
+    def scores(self) -> np.ndarray:
+        """Log-probability that an edge is on, ``ln P(z_edge > 0) + ln P(z_node > 0)``, float64 ``[num_edges]``."""
+        level = math.log(1 / 11) * 2 / 3
+        edge, node = (nn.functional.logsigmoid(value.double() - level) for value in (self.edge, self.node))
+        return (edge + node[edge_writers(self.graph, node.device)]).cpu().numpy()

@@ -1,0 +1,69 @@
+"""The published hyperparameters (Edge Pruning, appendix B and the run scripts), by experiment."""
+
+from fastcircuit.discovery.settings import Settings
+from fastcircuit.errors import InputError
+
+_PUBLISHED = {"initial_log_alpha": 10.0, "sparsity_estimate": "sampled", "weight_decay": 0.01, "clip_norm": 1.0, "upstream_compat": True}
+
+_GPT2 = {
+    "steps": 3000,
+    "batch_size": 32,
+    "learning_rate": 0.8,
+    "multiplier_learning_rate": 0.8,
+    "learning_rate_warmup": 200,
+    "sparsity_warmup": 2500,
+}
+
+_TRACR = {"batch_size": 16, "ablation": "zero", "linear_term": False}
+
+PRESETS: dict[str, Settings] = {
+    "ioi": Settings(**_PUBLISHED, **_GPT2, edge_target=0.975, silent_node_target=0.72),
+    "ioi-t1": Settings(
+        **_PUBLISHED,
+        **{**_GPT2, "learning_rate": 1.0, "multiplier_learning_rate": 1.0},
+        edge_target=0.975,
+        silent_node_target=0.72,
+    ),
+    "greater-than": Settings(**_PUBLISHED, **_GPT2, edge_target=0.985, silent_node_target=0.68),
+    "gendered-pronoun": Settings(**_PUBLISHED, **_GPT2, edge_target=0.985, silent_node_target=0.69),
+    "tracr-reverse": Settings(
+        **_PUBLISHED,
+        **_TRACR,
+        steps=6000,
+        learning_rate=0.03,
+        multiplier_learning_rate=0.001,
+        learning_rate_warmup=1500,
+        sparsity_warmup=5900,
+        edge_target=1.02,
+        silent_node_target=0.1,
+    ),
+    "tracr-xproportion": Settings(
+        **_PUBLISHED,
+        **_TRACR,
+        steps=720,
+        learning_rate=1.0,
+        multiplier_learning_rate=1e-4,
+        learning_rate_warmup=96,
+        sparsity_warmup=640,
+        edge_target=0.92,
+        node_target=0.4,
+    ),
+    "boolean-expressions": Settings(
+        **_PUBLISHED,
+        steps=6000,
+        batch_size=32,
+        learning_rate=0.8,
+        multiplier_learning_rate=0.4,
+        learning_rate_warmup=200,
+        sparsity_warmup=5500,
+        edge_target=1.2,
+        node_target=0.7,
+    ),
+}
+
+
+def preset(name: str) -> Settings:
+    """The settings called ``name``; InputError lists the names there are."""
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]

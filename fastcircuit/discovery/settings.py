@@ -1,0 +1,93 @@
+"""Hyperparameters of an Edge Pruning run."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from fastcircuit.circuit import ABLATIONS, Ablation
+from fastcircuit.errors import InputError
+from fastcircuit.evaluation.reference import OUTPUT_BIAS
+
+SCHEDULES = ("linear", "logarithmic")
+SPARSITY_ESTIMATES = ("expected", "sampled")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run Edge Pruning. The defaults are the recommended ones; ``presets.py`` has the published ones.
+
+    Args:
+        steps: optimisation steps.
+        batch_size: examples per step.
+        learning_rate: of the log-alphas of edges and writers (Adam).
+        multiplier_learning_rate: of the Lagrange multipliers (gradient ascent, Adam).
+        learning_rate_warmup: steps over which both rise linearly from 0; then they fall linearly to 0.
+        silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published code
+            still counts when it clips.
+        sparsity_warmup: steps over which the targets rise to their final values.
+        schedule: of the targets, ``linear`` or ``logarithmic``.
+        edge_target: final edge-sparsity target (may exceed 1); None: the sparsity of the circuit asked for, counted over
+            edges and writers together.
+        node_target: final writer-sparsity target; None: no such term.
+        initial_log_alpha: where every log-alpha starts.
+        sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
+        linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
+        weight_decay: of AdamW, on log-alphas and multipliers.
+        clip_norm: gradients are scaled down to this joint norm; None: not clipped.
+        ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
+        upstream_compat: reproduce the published code's numerics, quirks included.
+        seed: of everything random.
+    """
+
+    steps: int = 1500
+    batch_size: int = 32
+    learning_rate: float = 0.8
+    multiplier_learning_rate: float = 0.8
+    learning_rate_warmup: int = 200
+    sparsity_warmup: int = 1250
+    schedule: str = "linear"
+    edge_target: float | None = None
+    node_target: float | None = None
+    silent_node_target: float | None = None
+    initial_log_alpha: float = 3.0
+    sparsity_estimate: str = "expected"
+    linear_term: bool = True
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    ablation: Ablation = "interchange"
+    output_bias: str = "split"
+    upstream_compat: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "multiplier_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, accepted in (
+            ("schedule", SCHEDULES),
+            ("sparsity_estimate", SPARSITY_ESTIMATES),
+            ("ablation", ABLATIONS),
+            ("output_bias", OUTPUT_BIAS),
+        ):
+            if getattr(self, name) not in accepted:
+                raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+
+    def changed(self, changes: dict[str, Any]) -> "Settings":
+        """These settings with some changed by name; InputError for a name there is not.
+
+        With another number of steps and nothing said about the warm-ups, those keep their share of the run.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise InputError(f"no setting {unknown[0]!r}; settings are {', '.join(known)}")
+        if "steps" in changes and changes["steps"] > 0:
+            for name in ("learning_rate_warmup", "sparsity_warmup"):
+                changes = {name: round(getattr(self, name) * changes["steps"] / self.steps), **changes}
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,64 @@
+"""Tables for the terminal."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from fastcircuit.circuit import Circuit
+
+
+def metrics_table(circuit: Circuit) -> Group:
+    """A circuit's size and its metrics, circuit beside full model where both exist."""
+    graph = circuit.graph
+    head = f"{circuit.num_edges} of {graph.num_edges} edges ({circuit.sparsity:.1%} removed), {len(circuit.nodes)} writers"
+    parts: list[Any] = [head]
+    for split, metrics in circuit.metrics.items():
+        table = Table("metric", "circuit", "full model", title=f"{circuit.task or 'task'}, {split}", title_justify="left")
+        for name, unit, own in (
+            ("kl", "KL(full || circuit), nats", "0"),
+            ("accuracy", "accuracy", _number(metrics, "model_accuracy")),
+            ("exact_match", "same first token", "1"),
+            ("logit_difference", "logit difference, nats", _number(metrics, "model_logit_difference")),
+        ):
+            table.add_row(unit, _number(metrics, name), own)
+        parts += [table, f"on {metrics['examples']} prompts"]
+    return Group(*parts)
+
+
+def overlap_table(found: dict[str, Any], first: str, second: str) -> Table:
+    """What :func:`fastcircuit.evaluation.overlap.overlap` found, with the files' names."""
+    table = Table("edges", "count", title=f"{first} and {second}", title_justify="left")
+    for label, key in (
+        (f"in {first}", "first"),
+        (f"in {second}", "second"),
+        ("in both", "intersection"),
+        ("in either", "union"),
+    ):
+        table.add_row(label, str(found[key]))
+    table.add_row("in both, expected by chance", f"{found['expected_by_chance']:.2f}")
+    for label, key in (
+        ("ratio to chance", "ratio_to_chance"),
+        ("in both, of the smaller", "fraction_of_smaller"),
+        ("in both, of either (Jaccard)", "jaccard"),
+    ):
+        table.add_row(label, _number(found, key))
+    return table
+
+
+def info_table(found: dict[str, Any]) -> Table:
+    """What :func:`fastcircuit.system.system_info` found."""
+    table = Table("what", "here", show_lines=True)
+    table.add_row("versions", "\n".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
+    table.add_row("devices", "\n".join(found["devices"]))
+    table.add_row(
+        "backends", "\n".join(f"{name}: {'ready' if reason is None else reason}" for name, reason in found["backends"].items())
+    )
+    for key in ("architectures", "models", "tasks"):
+        table.add_row(key, ", ".join(found[key]))
+    return table
+
+
+def _number(values: dict[str, Any], name: str) -> str:
+    value = values.get(name)
+    return "-" if value is None else f"{value:.4f}"

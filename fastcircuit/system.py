@@ -1,0 +1,34 @@
+"""What this installation has: versions, devices, kernel backends, shipped models and tasks."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from fastcircuit import tasks, zoo
+from fastcircuit.models.masked import ARCHITECTURES
+from fastcircuit.ops.backends import available_backends
+
+_PACKAGES = ("fastcircuit", "torch", "transformers", "triton", "safetensors", "numpy")
+
+
+def system_info() -> dict[str, Any]:
+    """Versions, devices, backends (``None`` or the reason one is missing), and what can be named on the command line."""
+    devices = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    devices += [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "devices": devices,
+        "backends": available_backends(),
+        "architectures": list(ARCHITECTURES),
+        "models": zoo.names(),
+        "tasks": tasks.names(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
