@@ -32,7 +32,9 @@ def title(circuit: Circuit) -> str:
 def caption(circuit: Circuit) -> list[str]:
     """Size and ablation, then the measured numbers if there are any."""
     share = 100 * circuit.num_edges / circuit.graph.num_edges
-    lines = [f"{circuit.num_edges:,} of {circuit.graph.num_edges:,} edges ({share:.3g} %) · {circuit.ablation} ablation"]
+    lines = [
+        f"{circuit.num_edges:,} of {circuit.graph.num_edges:,} edges ({share:.3g} %) · {circuit.ablation} ablation"
+    ]
     where, numbers = _metrics(circuit.metrics)
     if numbers:
         lines.append(f"{where}: " + " · ".join(f"{printable(name)} {value:.4g}" for name, value in numbers))
@@ -42,9 +44,13 @@ def caption(circuit: Circuit) -> list[str]:
 def notices(circuit: Circuit) -> list[str]:
     """What a reader must know to read the picture right."""
     if not circuit.num_edges:
-        return ["This circuit has no edges: the nodes are the whole model's, and every one carries ablated activations."]
+        return [
+            "This circuit has no edges: the nodes are the whole model's, and every one carries ablated activations."
+        ]
     if circuit.num_edges > DENSE:
-        return [f"Dense: {circuit.num_edges:,} lines overlap. Single edges can be told apart in the .html drawing only."]
+        return [
+            f"Dense: {circuit.num_edges:,} lines overlap. Single edges can be told apart in the .html drawing only."
+        ]
     return []
 
 

@@ -97,6 +97,4 @@ def drawn(circuit: Circuit) -> tuple[list[Component], np.ndarray]:
 def reader_kinds(graph: Graph) -> list[ReaderKind]:
     """The type of every reader, in reader order."""
     suffixes: dict[str, ReaderKind] = {"q": "q", "k": "k", "v": "v"}
-    return [
-        "output" if name == FINAL_READ else suffixes.get(name.rpartition(".")[2], "mlp") for name in graph.readers
-    ]
+    return ["output" if name == FINAL_READ else suffixes.get(name.rpartition(".")[2], "mlp") for name in graph.readers]

@@ -112,7 +112,9 @@ def layout(circuit: Circuit, weights: np.ndarray | None = None) -> Layout:
         )
         for index, item in enumerate(found)
     )
-    groups = tuple(tuple(unit) for unit in shelf.units if graph.num_kv_heads < graph.num_heads and _is_group(found, unit))
+    groups = tuple(
+        tuple(unit) for unit in shelf.units if graph.num_kv_heads < graph.num_heads and _is_group(found, unit)
+    )
     return Layout(nodes, bands, groups, _routed(shelf, nodes, weights, width, height), width, height)
 
 
@@ -138,7 +140,9 @@ class _Shelf:
             node_of_reader[list(item.readers)] = index
         self.writer = node_of_writer[graph.edge_writers[self.ids]]
         self.reader = node_of_reader[self.reader_id]
-        self.widths = [max(46.0 if item.kind == "head" else 40.0, LABEL_ADVANCE * len(item.name) + 14) for item in found]
+        self.widths = [
+            max(46.0 if item.kind == "head" else 40.0, LABEL_ADVANCE * len(item.name) + 14) for item in found
+        ]
         self.units = [
             [index for index, _ in members]
             for _, members in groupby(enumerate(found), key=lambda pair: _unit_key(pair[1]))
@@ -157,7 +161,9 @@ class _Shelf:
     def landings(self) -> np.ndarray:
         """Port offset of every edge."""
         table = {(node, kind): self.port(node, READER_KINDS[kind]) for node, kind in self._reached}
-        return np.array([table[pair] for pair in zip(self.reader.tolist(), self.kind.tolist(), strict=True)], dtype=float)
+        return np.array(
+            [table[pair] for pair in zip(self.reader.tolist(), self.kind.tolist(), strict=True)], dtype=float
+        )
 
 
 def _unit_key(item: Component) -> tuple[object, ...]:
@@ -181,7 +187,10 @@ def _centres(shelf: _Shelf, room: float) -> np.ndarray:
         unit_of[shelf.writer], unit_of[shelf.reader], offset[shelf.writer], offset[shelf.reader] + shelf.landings()
     )
     ordered = [rows[key] for key in sorted(rows)]
-    return place(ordered, np.array(widths), links, room, SPARSE_GAPS if len(shelf.ids) <= SPARSE else GAPS)[unit_of] + offset
+    return (
+        place(ordered, np.array(widths), links, room, SPARSE_GAPS if len(shelf.ids) <= SPARSE else GAPS)[unit_of]
+        + offset
+    )
 
 
 def _rows(circuit: Circuit, shelf: _Shelf) -> tuple[dict[tuple[int, int], float], tuple[Band, ...], float]:
@@ -207,9 +216,7 @@ def _band_label(layer: int, num_layers: int) -> str:
     return {-1: "embeddings", num_layers: "output"}.get(layer, f"layer {layer}")
 
 
-def _routed(
-    shelf: _Shelf, nodes: tuple[Node, ...], weights: np.ndarray | None, width: float, height: float
-) -> Edges:
+def _routed(shelf: _Shelf, nodes: tuple[Node, ...], weights: np.ndarray | None, width: float, height: float) -> Edges:
     boxes = np.array([node.box for node in nodes])
     x = np.array([node.x for node in nodes])
     starts = np.stack([x[shelf.writer], boxes[shelf.writer, 1]], axis=1)
@@ -217,6 +224,8 @@ def _routed(
     own = np.stack([shelf.writer, shelf.reader], axis=1)
     clear = np.array([GUTTER, 0.0])  # detours may not run through the layer names
     shifted = boxes - np.tile(clear, 2)
-    points = routing.curves(starts - clear, ends - clear, own, routing.Obstacles(shifted, width - GUTTER, height)) + clear
+    points = (
+        routing.curves(starts - clear, ends - clear, own, routing.Obstacles(shifted, width - GUTTER, height)) + clear
+    )
     weight = None if weights is None else np.asarray(weights, dtype=float)[shelf.ids]
     return Edges(shelf.ids, shelf.writer, shelf.reader, shelf.reader_id, shelf.kind, weight, points)

@@ -58,7 +58,8 @@ function applyFilters() {
 }
 
 function opacity(count) {
-  return Math.max(0.06, 0.9 * Math.max(1, count / 40) ** -0.25).toFixed(3);
+  const { most, least, comfortable, fall } = data.opacity;
+  return Math.max(least, most * Math.max(1, count / comfortable) ** -fall).toFixed(3);
 }
 
 function notice() {

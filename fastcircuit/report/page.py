@@ -14,10 +14,10 @@ import numpy as np
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.report import caption
-from fastcircuit.report.components import READER_KINDS
+from fastcircuit.report.components import READER_KINDS, ReaderKind
 from fastcircuit.report.layout import Layout, Node
 from fastcircuit.report.scene import Scene, reading_note
-from fastcircuit.report.style import DARK, LIGHT, READER_LABELS, css
+from fastcircuit.report.style import DARK, LIGHT, OPACITY, READER_LABELS, css
 from fastcircuit.report.svg import body
 
 MOST_DRAWN = 4000  # SVG paths that a browser dims and lights without a visible delay
@@ -58,7 +58,11 @@ def _script_safe(value: Any) -> str:
 
 
 def _style() -> str:
-    rules = [css(LIGHT), _swatches(LIGHT), f"@media (prefers-color-scheme: dark) {{\n{css(DARK)}\n{_swatches(DARK)}\n}}"]
+    rules = [
+        css(LIGHT),
+        _swatches(LIGHT),
+        f"@media (prefers-color-scheme: dark) {{\n{css(DARK)}\n{_swatches(DARK)}\n}}",
+    ]
     return "\n".join([*rules, _asset("page.css")])
 
 
@@ -73,8 +77,8 @@ def _caption(circuit: Circuit) -> str:
     return "\n".join(lines)
 
 
-def _type_box(kind: str) -> str:
-    label = html.escape(READER_LABELS[kind])  # type: ignore[index]
+def _type_box(kind: ReaderKind) -> str:
+    label = html.escape(READER_LABELS[kind])
     return (
         f'<label><input type="checkbox" value="{kind}" checked><span class="swatch type-{kind}"></span>{label}</label>'
     )
@@ -97,7 +101,9 @@ def _data(circuit: Circuit, placed: Layout, dressed: Scene) -> dict[str, Any]:
     mates = {member: [other for other in group if other != member] for group in placed.groups for member in group}
     return {
         "nodes": [_node(node, mates.get(index, []), placed) for index, node in enumerate(placed.nodes)],
-        "readers": [{"name": names[row], "node": node_of[row], "type": READER_KINDS[kind_of[row]]} for row in used.tolist()],
+        "readers": [
+            {"name": names[row], "node": node_of[row], "type": READER_KINDS[kind_of[row]]} for row in used.tolist()
+        ],
         "edges": {
             "writer": edges.writer.tolist(),
             "reader": reader_row.tolist(),
@@ -106,6 +112,7 @@ def _data(circuit: Circuit, placed: Layout, dressed: Scene) -> dict[str, Any]:
             "weight": None if edges.weight is None else [f"{weight:.3g}" for weight in edges.weight],
         },
         "mostDrawn": MOST_DRAWN,
+        "opacity": OPACITY,
         "note": reading_note(placed),
     }
 

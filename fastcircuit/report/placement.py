@@ -17,7 +17,9 @@ class Links:
     target_offset: np.ndarray
 
 
-def place(rows: list[list[int]], widths: np.ndarray, links: Links, total: float, gaps: tuple[float, float]) -> np.ndarray:
+def place(
+    rows: list[list[int]], widths: np.ndarray, links: Links, total: float, gaps: tuple[float, float]
+) -> np.ndarray:
     """Centre x of every box, between 0 and ``total`` or, if wider, :func:`row_width`; rows are given bottom first.
 
     Boxes are pulled towards the mean of the boxes they are linked to, near ones more than far ones; a row keeps at
@@ -76,7 +78,10 @@ def _barycentres(row: list[int], x: np.ndarray, looks: tuple[_Pull, ...]) -> tup
     """Where each box of a row wants to be and how strongly; a box without links stays where it is."""
     wanted, strength = x[row].copy(), np.full(len(row), 1e-3)
     for place_in_row, box in enumerate(row):
-        sums = [(float((p.weights[box] * (x[p.boxes[box]] + p.shifts[box])).sum()), float(p.weights[box].sum())) for p in looks]
+        sums = [
+            (float((p.weights[box] * (x[p.boxes[box]] + p.shifts[box])).sum()), float(p.weights[box].sum()))
+            for p in looks
+        ]
         pull = sum(weight for _, weight in sums)
         if pull:
             wanted[place_in_row], strength[place_in_row] = sum(at for at, _ in sums) / pull, pull

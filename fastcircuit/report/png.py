@@ -1,9 +1,11 @@
 """A scene as a PNG, by matplotlib: needs no graphviz, no browser and no display."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path as FilePath
 
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
@@ -14,9 +16,10 @@ from matplotlib.text import Text as Label
 
 from fastcircuit.report.components import READER_KINDS
 from fastcircuit.report.scene import MARGIN, Box, Scene, Stroke, Text
-from fastcircuit.report.style import BOXES, LIGHT, TEXTS
+from fastcircuit.report.style import BOXES, DENSE, LIGHT, TEXTS
 
 SCALE = 2.0  # pixels per px of the layout: sharp at a paper's column width
+DENSE_SCALE = 1.0  # of a dense drawing, which takes a quarter of the time and shows as much
 LARGEST = 20000  # pixels on a side; the renderer's own limit is 65,536, memory's comes sooner
 FONT = ["DejaVu Sans"]  # ships with matplotlib: the same picture everywhere
 POINT = 72.0 / 100.0  # one layout px in points, at 100 px to the inch
@@ -25,22 +28,28 @@ _BACK, _EDGES, _NODES = 1, 2, 3  # z-order
 
 def write_png(scene: Scene, path: FilePath) -> None:
     """Draw ``scene`` into ``path``."""
-    scale = min(SCALE, LARGEST / max(scene.width, scene.height))
+    wanted = SCALE if len(scene.curves) <= DENSE else DENSE_SCALE
+    scale = min(wanted, LARGEST / max(scene.width, scene.height))
     figure = Figure(figsize=(scene.width / 100, scene.height / 100), dpi=100 * scale, facecolor=LIGHT["page"])
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_xlim(-MARGIN, scene.width - MARGIN)
     axes.set_ylim(scene.height - scene.top, -scene.top)
     axes.axis("off")
-    for item in scene.back:
-        axes.add_artist(_artist(item, _BACK))
+    _add(axes, scene.back, _BACK)
     axes.add_collection(_curves(scene), autolim=False)
-    for item in [*(part for parts in scene.nodes for part in parts), *scene.front]:
-        axes.add_artist(_artist(item, _NODES))
+    for parts in scene.nodes:
+        _add(axes, parts, _NODES)
+    _add(axes, scene.front, _NODES)
     with warnings.catch_warnings():
         # A name in a script that no installed font covers is drawn as boxes; that is no fault of the circuit.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support", category=UserWarning)
         FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _add(axes: Axes, items: Iterable[Box | Text | Stroke], depth: int) -> None:
+    for item in items:
+        axes.add_artist(_artist(item, depth))
 
 
 def _curves(scene: Scene) -> PathCollection:
@@ -72,7 +81,7 @@ def _artist(item: Box | Text | Stroke, depth: int) -> Artist:
         fontsize=style.size * POINT,
         fontweight="bold" if style.bold else "normal",
         fontfamily=FONT,
-        horizontalalignment={"start": "left", "middle": "center"}[item.anchor],
+        horizontalalignment="center" if item.anchor == "middle" else "left",
         verticalalignment="baseline",
         parse_math=False,  # a name may hold dollar signs
         zorder=depth,

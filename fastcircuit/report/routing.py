@@ -69,7 +69,7 @@ def curves(starts: np.ndarray, ends: np.ndarray, own_boxes: np.ndarray, obstacle
 
 
 def _leave_trace(crowd: np.ndarray, row: np.ndarray, column: np.ndarray) -> None:
-    """Mark the cells of a chosen curve, and those beside it, once each: closer than a cell still looks like one line."""
+    """Mark the cells of a chosen curve, and those beside it, once each: closer than that looks like one line."""
     for step, crowding in ((-1, 0.5), (0, 1.0), (1, 0.5)):
         cells = np.unique(np.stack([row, np.clip(column + step, 0, crowd.shape[1] - 1)]), axis=1)
         crowd[cells[0], cells[1]] += crowding

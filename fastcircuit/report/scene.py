@@ -97,9 +97,7 @@ def scene(circuit: Circuit, placed: Layout) -> Scene:
 
 def _header(lines: list[tuple[str, str]], width: float) -> tuple[list[Text | Stroke], float]:
     """Caption lines above the drawing (negative y) and the height they take."""
-    rows = [
-        (part, style) for text, style in lines for part in caption.wrapped(text, width, TEXTS[style].size)
-    ]
+    rows = [(part, style) for text, style in lines for part in caption.wrapped(text, width, TEXTS[style].size)]
     total = sum(TEXTS[style].size * LEADING for _, style in rows) + MARGIN + 8
     placed: list[Text | Stroke] = []
     y = MARGIN - total

@@ -17,6 +17,8 @@ READER_LABELS: dict[ReaderKind, str] = {
     "output": "output",
 }
 DENSE = 2500  # edges; from here on single lines cannot be told apart and the drawing says so
+# Lines are drawn at ``most`` opacity up to ``comfortable`` edges; the page follows the same rule when it filters.
+OPACITY = {"most": 0.9, "least": 0.06, "comfortable": 40.0, "fall": 0.25}
 
 LIGHT = {
     "page": "#ffffff",
@@ -97,9 +99,10 @@ TEXTS: dict[str, TextStyle] = {
 
 
 def edge_style(num_edges: int) -> tuple[float, float]:
-    """Line width in px and opacity for a drawing of ``num_edges``: bold for tens, thin and translucent for thousands."""
-    crowding = max(1.0, num_edges / 40.0)
-    return max(0.4, 1.9 * crowding**-0.2), max(0.06, 0.9 * crowding**-0.25)
+    """Line width in px and opacity for a drawing of ``num_edges``: bold for tens, thin and faint for thousands."""
+    crowding = max(1.0, num_edges / OPACITY["comfortable"])
+    opacity = OPACITY["most"] * crowding ** -OPACITY["fall"]
+    return max(0.4, 1.9 * crowding**-0.2), max(OPACITY["least"], opacity)
 
 
 def css(palette: dict[str, str], scope: str = "") -> str:

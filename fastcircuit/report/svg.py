@@ -23,7 +23,7 @@ def svg(scene: Scene) -> str:
             '<rect class="page" width="100%" height="100%"/>',
             f'<g transform="translate({MARGIN:g} {scene.top:g})">',
             *_elements(scene.back),
-            f'<g class="edges" stroke-linecap="round" opacity="1" stroke-opacity="{scene.opacity:.3g}">',
+            f'<g class="edges" stroke-linecap="round" stroke-opacity="{scene.opacity:.3g}">',
             *_paths(scene),
             "</g>",
             *node_groups(scene),
@@ -73,6 +73,7 @@ def _element(item: Box | Text | Stroke) -> str:
         where = f'x="{item.x:.1f}" y="{item.y:.1f}" width="{item.width:.1f}" height="{item.height:.1f}"'
         return f'<rect class="{item.style}" {where} rx="{BOXES[item.style].radius:g}"/>'
     if isinstance(item, Stroke):
-        return f'<path class="edge-{item.kind} legend-line" stroke-width="2.5" d="M{item.x:.1f} {item.y:.1f}h{item.length:g}"/>'
+        line = f"M{item.x:.1f} {item.y:.1f}h{item.length:g}"
+        return f'<path class="edge-{item.kind} legend-line" stroke-width="2.5" d="{line}"/>'
     anchor = "" if item.anchor == "start" else f" text-anchor={quoteattr(item.anchor)}"
     return f'<text class="{item.style}" x="{item.x:.1f}" y="{item.y:.1f}"{anchor}>{escape(item.text)}</text>'
