@@ -19,6 +19,7 @@ from fastcircuit.report import draw
 from fastcircuit.report.components import READER_KINDS
 from fastcircuit.report.layout import Layout
 from fastcircuit.report.layout import layout as fresh_layout
+from fastcircuit.report.page import _script_safe
 from fastcircuit.report.placement import Links, place
 from fastcircuit.report.style import DARK, LIGHT, edge_style
 
@@ -196,6 +197,11 @@ class TestPage:
         assert text.count("</script>") == 2
         assert "<b>" not in text
         assert "${" not in re.sub(r"<script>.*</script>", "", text, flags=re.DOTALL).replace("${name}", "")
+
+    def test_data_cannot_end_its_script(self) -> None:
+        text = _script_safe({"name": "</script><!--<b>&"})
+        assert not set("<>&") & set(text)
+        assert json.loads(text) == {"name": "</script><!--<b>&"}
 
     def test_holds_every_edge_and_asks_for_nothing(self, tmp_path: Path) -> None:
         draw(CIRCUITS["gpt2-many"], tmp_path / "c.html")
