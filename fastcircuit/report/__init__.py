@@ -1,0 +1,5 @@
+"""Drawings of circuits."""
+
+from fastcircuit.report.draw import draw
+
+__all__ = ["draw"]
