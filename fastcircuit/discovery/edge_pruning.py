@@ -137,7 +137,13 @@ class EdgePruning:
         return Report(self.settings.steps, int(step), *values)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint (see :mod:`fastcircuit.discovery.checkpoint`)."""
+        """Write a checkpoint (see :mod:`fastcircuit.discovery.checkpoint`); RunError rather than one that holds NaN."""
+        for name, value in self.parameters.named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise RunError(
+                    f"step {self.step_number}: the update made log-alphas or multipliers ({name}) infinite or NaN; lower the "
+                    f"learning rate; {_kept(path)}"
+                )
         history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(COLUMNS))
         save_checkpoint(path, self.parameters, self.optimizer, history, self.identity)
 
@@ -170,12 +176,18 @@ class EdgePruning:
             named = dict(zip(COLUMNS, row, strict=True))
             broken = [name for name in ("kl", "penalty", "edge_sparsity") if not math.isfinite(named[name])]
             if broken:
-                kept = f"the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else "nothing was saved"
                 raise RunError(
                     f"step {int(named['step'])}: {broken[0]} is {named[broken[0]]}; lower the learning rate or use a wider "
-                    f"dtype; {kept}"
+                    f"dtype; {_kept(checkpoint)}"
                 )
         self.history += rows
+
+
+def _kept(checkpoint: Path | None) -> str:
+    """What a stopped run leaves."""
+    if checkpoint is not None and checkpoint.exists():
+        return f"the last good checkpoint is {checkpoint}"
+    return "nothing was saved"
 
 
 def _step_seed(seed: int, step: int) -> int:

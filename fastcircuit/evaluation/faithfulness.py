@@ -63,13 +63,14 @@ def circuit_log_probs(reference: Reference, masks: Masks, batch: Batch) -> Tenso
 
 def score(reference: Reference, masks: Masks) -> dict[str, Any]:
     """All metrics of ``masks`` over the examples of ``reference`` (see :func:`evaluate`)."""
-    totals: dict[str, list[Tensor]] = {}
+    totals: dict[str, tuple[float, int]] = {}
     for batch in reference.batches(BATCH_SIZE):
         for name, values in _metrics(reference, masks, batch).items():
-            weight = batch.answers.example_mean(values, batch.size) * batch.size
-            totals.setdefault(name, []).append(weight)
-    means = {name: float(torch.stack(parts).sum() / len(reference)) for name, parts in totals.items()}
-    return {**{name: _none_if_nan(value) for name, value in means.items()}, "examples": len(reference)}
+            added, counted = batch.answers.example_total(values, batch.size)
+            total, count = totals.get(name, (0.0, 0))
+            totals[name] = total + float(added), count + int(counted)
+    means = {name: total / count if count else None for name, (total, count) in totals.items()}
+    return {**means, "examples": len(reference)}
 
 
 def _metrics(reference: Reference, masks: Masks, batch: Batch) -> dict[str, Tensor]:
@@ -92,10 +93,6 @@ def _local(tokens: Tensor, answer_tokens: Tensor | None) -> Tensor:
         return tokens
     matches = tokens[:, None] == answer_tokens
     return torch.where(matches.any(1), matches.int().argmax(1), -100)
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if value != value else value
 
 
 def mean_kl(reference: Reference, masks: Masks, batches: Iterable[Batch] | None = None) -> float:

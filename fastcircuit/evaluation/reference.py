@@ -40,8 +40,14 @@ class Answers:
 
     def example_mean(self, values: Tensor, num_examples: int) -> Tensor:
         """Mean over each example's answer positions, then over examples: scalar from ``[N]``."""
-        counts = torch.bincount(self.example, minlength=num_examples).clamp(min=1)
+        counts = torch.bincount(self.example, minlength=num_examples)
         return (values / counts[self.example]).sum() / num_examples
+
+    def example_total(self, values: Tensor, num_examples: int) -> tuple[Tensor, Tensor]:
+        """Sum over examples of the mean over each one's positions that are not NaN, and how many examples have any."""
+        known = ~values.isnan()
+        counts = torch.bincount(self.example[known], minlength=num_examples)
+        return (values[known] / counts[self.example[known]]).sum(), (counts > 0).sum()
 
 
 @dataclass(frozen=True)

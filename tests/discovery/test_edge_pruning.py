@@ -1,0 +1,206 @@
+"""Edge Pruning runs: exact sizes, determinism, resuming, failures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from fastcircuit.circuit import Circuit
+from fastcircuit.discovery import Settings, discover
+from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.rounding import top_circuit
+from fastcircuit.errors import InputError, RunError
+from fastcircuit.evaluation.reference import Reference
+from fastcircuit.graph import Graph
+from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.tasks.task import Examples, Pair, Task
+
+from tests.models.tiny import tiny_model
+
+QUICK = Settings(steps=24, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=16)
+
+
+def make_task(num=10, vocabulary=41, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def row():
+        length = int(rng.integers(3, 7))
+        clean, corrupted = (tuple(int(t) for t in rng.integers(vocabulary, size=length)) for _ in range(2))
+        positions = (length - 2, length - 1)
+        return Pair(clean, corrupted, positions, (1, 2), (3, -100))
+
+    splits = {name: Examples.from_pairs([row() for _ in range(num)]) for name in ("train", "test")}
+    return Task("tiny", splits, None, "random pairs")
+
+
+@pytest.fixture
+def model():
+    return MaskedCausalLM(tiny_model("llama", torch.float32))
+
+
+@pytest.mark.parametrize("edges", [1, 7, 50, 180])
+@pytest.mark.parametrize("ablation", ["interchange", "mean", "zero"])
+def test_the_circuit_has_exactly_the_edges_asked_for(model, edges, ablation):
+    found = discover(model, make_task(), edges=edges, settings=dataclasses.replace(QUICK, ablation=ablation))
+    assert found.circuit.num_edges == edges
+    assert found.circuit.ablation == ablation
+    assert found.history.shape == (QUICK.steps, 5)
+
+
+def test_sparsity_is_a_fraction_of_all_edges(model):
+    found = discover(model, make_task(), sparsity=0.9, settings=QUICK)
+    assert found.circuit.num_edges == round(0.1 * model.graph.num_edges)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(model):
+    task = make_task()
+    first, again, other = (discover(model, task, edges=40, settings=QUICK, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first.masks.edge, again.masks.edge)
+    assert torch.equal(first.history, again.history)
+    assert first.circuit == again.circuit
+    assert not torch.equal(first.masks.edge, other.masks.edge)
+
+
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(model, tmp_path):
+    task, checkpoint = make_task(), tmp_path / "checkpoint.safetensors"
+    whole = discover(model, task, edges=40, settings=QUICK)
+    run = EdgePruning(Reference(model, task.split("train")), 40, QUICK, _identity(model, task))
+    for _ in range(11):
+        run.step()
+    run._flush(None)
+    run.save(checkpoint)
+    resumed = discover(model, task, edges=40, settings=QUICK, checkpoint=checkpoint, resume=True)
+    assert torch.equal(whole.masks.edge, resumed.masks.edge)
+    assert torch.equal(whole.history, resumed.history)
+    assert whole.circuit == resumed.circuit
+
+
+def _identity(model, task):
+    return {
+        "model": model.about,
+        "graph": dataclasses.asdict(model.graph),
+        "task": task.name,
+        "examples": len(task.split("train")),
+    }
+
+
+def test_an_interrupt_finishes_the_step_and_keeps_a_checkpoint(model, tmp_path):
+    import os
+    import signal
+
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def interrupt(report):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunError, match=r"interrupted after step 10 of 24; resume from .*checkpoint.safetensors"):
+        discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, on_report=interrupt)
+    resumed = discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, resume=True)
+    assert torch.equal(resumed.masks.edge, discover(model, make_task(), edges=40, settings=QUICK).masks.edge)
+
+
+def test_a_checkpoint_of_another_run_is_refused(model, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint)
+    with pytest.raises(InputError, match="another run: its num_edges is 40"):
+        discover(model, make_task(), edges=41, settings=QUICK, checkpoint=checkpoint, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "missing"])
+def test_a_damaged_checkpoint_is_refused(model, tmp_path, damage):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint)
+    if damage == "truncate":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    elif damage == "garbage":
+        checkpoint.write_bytes(b"not a checkpoint at all")
+    else:
+        checkpoint.unlink()
+    with pytest.raises(InputError, match="no checkpoint" if damage == "missing" else "is damaged"):
+        discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, resume=True)
+
+
+def test_nan_stops_the_run_with_the_step_and_keeps_the_last_good_checkpoint(model, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    run = EdgePruning(Reference(model, make_task().split("train")), 40, QUICK)
+
+    def poison(report):
+        if report.step == 19:
+            with torch.no_grad():
+                run.parameters.edge[3] = float("nan")
+
+    with pytest.raises(RunError, match=r"step 20: (kl|penalty|edge_sparsity) is nan.*last good checkpoint"):
+        run.run(checkpoint, checkpoint_every=15, on_report=poison)
+    resumed = EdgePruning(Reference(model, make_task().split("train")), 40, QUICK)
+    resumed.resume(checkpoint)
+    assert resumed.step_number == 15
+    assert torch.isfinite(resumed.parameters.edge).all()
+
+
+def test_a_checkpoint_never_holds_nan(model, tmp_path):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    run = EdgePruning(Reference(model, make_task().split("train")), 40, QUICK)
+    run.step()
+    with torch.no_grad():
+        run.parameters.edge[3] = float("inf")
+    with pytest.raises(RunError, match="step 1: .*nothing was saved"):
+        run.save(checkpoint)
+    assert not checkpoint.exists()
+
+
+def test_exactly_as_many_edges_as_asked_whatever_the_scores():
+    graph = Graph(2, 2, 1, "split")
+    for seed in range(20):
+        scores = np.random.default_rng(seed).normal(size=graph.num_edges)
+        for edges in (1, 2, 5, 20, graph.num_edges - 1, graph.num_edges):
+            circuit = top_circuit(graph, scores, edges)
+            assert circuit.num_edges == edges
+    best = {("tok_embeds", "a0.h0.v"), ("a0.h0", "resid_post"), ("tok_embeds", "resid_post")}
+    scores = np.array([float(edge in best) for edge in graph.edges])
+    assert set(top_circuit(graph, scores, 3).edges) == best
+
+
+def test_dangling_edges_do_not_count():
+    graph = Graph(2, 2, 1, "split")
+    order = [("tok_embeds", "a1.h0.q"), ("tok_embeds", "resid_post"), ("pos_embeds", "resid_post")]
+    scores = np.array([3.0 - order.index(edge) if edge in order else -1.0 for edge in graph.edges])
+    assert top_circuit(graph, scores, 2).edges == order[1:]
+
+
+BAD_CALLS = {
+    "sparsity above 1": ({"sparsity": 1.2}, r"must be in \[0, 1\)"),
+    "both": ({"sparsity": 0.9, "edges": 3}, "not both"),
+    "too many edges": ({"edges": 10**6}, "edges to keep"),
+    "no edges": ({"edges": 0}, "edges to keep"),
+    "method": ({"method": "magic"}, "methods are edge-pruning"),
+    "setting": ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
+    "steps": ({"steps": 0}, "steps is 0"),
+    "schedule": ({"schedule": "cubic"}, "accepted: linear, logarithmic"),
+    "ablation": ({"ablation": "none"}, "accepted: interchange, mean, zero"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls(model, case):
+    call, message = BAD_CALLS[case]
+    with pytest.raises(InputError, match=message):
+        discover(model, make_task(), **call)
+
+
+def test_changing_the_steps_scales_the_warm_ups():
+    settings = Settings(steps=100, learning_rate_warmup=10, sparsity_warmup=80).changed({"steps": 50})
+    assert (settings.learning_rate_warmup, settings.sparsity_warmup) == (5, 40)
+    kept = Settings(steps=100, learning_rate_warmup=10).changed({"steps": 50, "learning_rate_warmup": 7})
+    assert kept.learning_rate_warmup == 7
+
+
+def test_restricted_answers_train_on_those_tokens_only(model):
+    task = dataclasses.replace(make_task(), answer_tokens=(1, 2, 3))
+    reference = Reference(model, task.split("train"), answer_tokens=task.answer_tokens)
+    batch = reference.batch(torch.arange(3))
+    assert batch.answers.log_probs.shape == (6, 3)
+    torch.testing.assert_close(batch.answers.log_probs.exp().sum(1), torch.ones(6))
+    found = discover(model, task, edges=30, settings=QUICK)
+    assert isinstance(found.circuit, Circuit)
