@@ -62,7 +62,9 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a {type(row).__name__}, not an object; write {{...}} with {' and '.join(_REQUIRED)}")
+        raise InputError(
+            f"{where}: a {type(row).__name__}, not an object; write {{...}} with {' and '.join(_REQUIRED)}"
+        )
     for key in row:
         if key not in _KNOWN:
             raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(_KNOWN)}")
