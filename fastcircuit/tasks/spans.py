@@ -96,7 +96,7 @@ def _tokens_of(text: str, span: tuple[int, int], offsets: list[tuple[int, int] |
     first, last = offsets[covering[0]], offsets[covering[-1]]
     assert first is not None
     assert last is not None
-    if text[first[0] : start].strip() or text[end : last[1]].strip(" "):
+    if text[first[0] : start].strip(" ") or text[end : last[1]].strip(" "):
         cut = text[first[0] : max(end, last[1])]
         raise InputError(
             f"{where}: the answer {word!r} cuts the token(s) of {cut!r}; move the {OPEN} tags to where tokens end"
