@@ -19,7 +19,7 @@ __all__ = ["Examples", "Pair", "Task", "load_task", "names"]
 
 _DATA = Path(__file__).resolve().parent / "data"
 _BUILDERS = {"induction": (induction.build, induction.SIZES), "pronoun": (pronoun.build, pronoun.SIZES)}
-_FILES = {"pronoun-212": (_DATA / "pronoun_212.jsonl", "Say She or He by the name: 212 pairs with one name each.")}
+_FILES = {"pronoun-212": (_DATA / "pronoun_212.jsonl", "Say She or He by the name: 212 pairs written by hand.")}
 
 
 def names() -> list[str]:

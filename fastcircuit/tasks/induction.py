@@ -29,7 +29,7 @@ def build(tokenizer: Any, seed: int, sizes: Mapping[str, int]) -> Task:
     seen: set[str] = set()
     splits = {}
     for name, size in sizes.items():
-        pairs = []
+        pairs: list[Pair] = []
         while len(pairs) < size:
             clean, corrupted, onset = generate(generator)
             if clean not in seen:

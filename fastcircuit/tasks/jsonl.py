@@ -32,7 +32,7 @@ def build(path: Path, tokenizer: Any, seed: int, sizes: Mapping[str, int], name:
         (row.get("split"), encode_pair(tokenizer, row["clean"], row["corrupted"], where, _distractors(row)))
         for where, row in rows
     ]
-    by_split = _given_splits(pairs, path) if any(split for split, _ in pairs) else _dealt_splits(pairs, path, seed)
+    by_split = _given_splits(pairs) if any(split for split, _ in pairs) else _dealt_splits(pairs, path, seed)
     splits = {split: Examples.from_pairs(by_split[split][: sizes.get(split)]) for split in SPLITS if by_split[split]}
     return Task(name, splits, None, description)
 
@@ -62,7 +62,9 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a {type(row).__name__}, not an object; write {{...}} with {' and '.join(_REQUIRED)}")
+        raise InputError(
+            f"{where}: a {type(row).__name__}, not an object; write {{...}} with {' and '.join(_REQUIRED)}"
+        )
     for key in row:
         if key not in _KNOWN:
             raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(_KNOWN)}")
@@ -88,7 +90,7 @@ def _distractors(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     return None if given is None else (given,) if isinstance(given, str) else tuple(given)
 
 
-def _given_splits(pairs: list[tuple[str | None, Pair]], path: Path) -> dict[str, list[Pair]]:
+def _given_splits(pairs: list[tuple[str | None, Pair]]) -> dict[str, list[Pair]]:
     for split, pair in pairs:
         if split is None:
             raise InputError(f'{pair.where}: "split" is missing though other lines have it; give it to all or to none')

@@ -83,9 +83,7 @@ class Prompts:
                 dealt[_DEAL[index % len(_DEAL)]][kind].append(name)
         return dealt
 
-    def pairs(
-        self, names: Mapping[str, list[str]], kind: str, generator: random.Random, at_most: int
-    ) -> list[Pair]:
+    def pairs(self, names: Mapping[str, list[str]], kind: str, generator: random.Random, at_most: int) -> list[Pair]:
         """Pairs whose clean name is of ``kind``; sentences in which no other name aligns are passed over."""
         others = names["he" if kind == "she" else "she"]
         drawn = list(product(self.templates, names[kind]))

@@ -86,9 +86,7 @@ def encode(tokenizer: Any, marked: Marked, where: str) -> Encoded:
     return Encoded(ids, spans)
 
 
-def _tokens_of(
-    text: str, span: tuple[int, int], offsets: list[tuple[int, int] | None], where: str
-) -> tuple[int, int]:
+def _tokens_of(text: str, span: tuple[int, int], offsets: list[tuple[int, int] | None], where: str) -> tuple[int, int]:
     """The ``[start, end)`` tokens that cover the characters of ``span`` and, but for spaces in front, nothing else."""
     start, end = span
     covering = [i for i, o in enumerate(offsets) if o is not None and o[0] < end and o[1] > start]
@@ -98,7 +96,7 @@ def _tokens_of(
     first, last = offsets[covering[0]], offsets[covering[-1]]
     assert first is not None
     assert last is not None
-    if text[first[0] : start].strip() or text[end : last[1]].strip(" "):
+    if text[first[0] : start].strip(" ") or text[end : last[1]].strip(" "):
         cut = text[first[0] : max(end, last[1])]
         raise InputError(
             f"{where}: the answer {word!r} cuts the token(s) of {cut!r}; move the {OPEN} tags to where tokens end"
@@ -127,7 +125,9 @@ def encode_pair(
         raise InputError(f'{where}: "clean" has no {OPEN}...{CLOSE} span; mark the answer')
     right = encode(tokenizer, marked, where)
     wrong, own_answers = _encode_corrupted(tokenizer, marked, right, corrupted, where)
-    positions, answers, against = [], [], []
+    positions: list[int] = []
+    answers: list[int] = []
+    against: list[int] = []
     for index, (start, end) in enumerate(right.spans):
         positions += range(start - 1, end - 1)
         answers += right.answer(index)
@@ -138,6 +138,10 @@ def encode_pair(
         else:
             against += [NOTHING] * (end - start)
     start, end = right.spans[-1]
+    if end - 1 > tokenizer.model_max_length:
+        raise InputError(
+            f"{where}: the prompt has {end - 1} tokens and the model reads {tokenizer.model_max_length}; shorten it"
+        )
     forced = wrong.answer(-1) if len(wrong.answer(-1)) == end - start else right.answer(-1)
     return Pair(
         clean=right.ids[: end - 1],
@@ -186,8 +190,9 @@ def _encode_distractor(
     there = encode(tokenizer, Marked(clean.text[:start] + word, ((start, start + len(word)),)), where)
     expected = right.spans[index]
     if there.spans[0] != expected:
+        counts = [last - first for first, last in (expected, there.spans[0])]
         raise InputError(
-            f"{where}: the answer {clean.text[start:end]!r} has {expected[1] - expected[0]} token(s) and the distractor "
-            f"{word!r} {there.spans[0][1] - there.spans[0][0]}; they must have as many"
+            f"{where}: the answer {clean.text[start:end]!r} has {counts[0]} token(s) and the distractor {word!r} "
+            f"{counts[1]}; they must have as many"
         )
     return there.answer(0)

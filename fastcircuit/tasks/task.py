@@ -46,9 +46,8 @@ class Pair:
                 f"{self.where}: {len(self.positions)} positions, {len(self.answers)} answers and "
                 f"{len(self.distractors)} distractors; give one of each per position ({NOTHING} for no distractor)"
             )
-        if list(self.positions) != sorted(set(self.positions)) or not (
-            0 <= self.positions[0] and self.positions[-1] < len(self.clean)
-        ):
+        ascend = all(a < b for a, b in zip((-1, *self.positions), (*self.positions, len(self.clean)), strict=True))
+        if not ascend:
             raise InputError(
                 f"{self.where}: answer positions {list(self.positions)} must ascend within 0..{len(self.clean) - 1}"
             )
