@@ -78,7 +78,13 @@ def _token_mean(values: Tensor) -> Tensor:
 
 
 def attend(
-    attention: Attention, query_in: Tensor, key_in: Tensor, value_in: Tensor, rotary: Rotary, packing: Packing, causal: bool
+    attention: Attention,
+    query_in: Tensor,
+    key_in: Tensor,
+    value_in: Tensor,
+    rotary: Rotary,
+    packing: Packing,
+    causal: bool,
 ) -> Tensor:
     """One block's attention up to, not including, the output projection.
 
@@ -95,7 +101,7 @@ def attend(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
+    """Rotary positions in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
     width = cos.shape[-1]
     part, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     first, second = part.chunk(2, dim=-1)
@@ -110,7 +116,7 @@ def output_projection(attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple[States, Tensor]:
-    """The plain model on packed tokens ``[T]``: what every writer wrote, and the final stream ``[T, d]`` before the norm."""
+    """The plain model on packed tokens ``[T]``: what every writer wrote, and the stream ``[T, d]`` before the final norm."""
     embeds = anatomy.embed(token_ids, packing.position_ids)
     rotary = None if anatomy.rotary is None else anatomy.rotary(packing.position_ids)
     stream = torch.stack(embeds).sum(0)
