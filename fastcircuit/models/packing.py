@@ -97,7 +97,7 @@ class Packing:
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None
     ) -> Tensor:
-        """Softmax attention within each row: ``[H, T, d_head]`` (keys, values ``[KV, T, d_head]``) to ``[T, H * d_head]``."""
+        """Attention within each row: ``[H, T, d_head]`` (keys, values ``[KV, T, d_head]``) to ``[T, H * d_head]``."""
         mask = self._attention_mask(causal, window)
         out = F.scaled_dot_product_attention(
             self.to_sequences(query),

@@ -116,7 +116,7 @@ def output_projection(attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple[States, Tensor]:
-    """The plain model on packed tokens ``[T]``: what every writer wrote, and the stream ``[T, d]`` before the final norm."""
+    """The plain model on packed tokens ``[T]``: what every writer wrote, and the last stream, ``[T, d]``."""
     embeds = anatomy.embed(token_ids, packing.position_ids)
     rotary = None if anatomy.rotary is None else anatomy.rotary(packing.position_ids)
     stream = torch.stack(embeds).sum(0)
