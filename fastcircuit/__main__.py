@@ -1,0 +1,6 @@
+"""``python -m fastcircuit``."""
+
+from fastcircuit.cli import main
+
+if __name__ == "__main__":
+    main()
