@@ -120,7 +120,9 @@ class EdgePruning:
         """``KL(full || circuit)`` in nats: mean over an example's answer positions, then over the batch."""
         if self.settings.upstream_compat:
             masks = upstream.detach_frozen_nodes(self.model, masks)
-        read = self.model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens)
+        read = self.model.final_read(
+            batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens, skip_zeros=True
+        )
         log_probs = self.reference.restrict(self.model.unembed(read))
         return batch.answers.example_mean(kl_divergence(batch.answers.log_probs, log_probs), batch.size)
 

@@ -4,6 +4,7 @@ An architecture file (gpt2.py, llama.py, ...) holds one function that fills thes
 weights are the model's own tensors, reshaped to heads.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,11 @@ class Projection:
     @property
     def heads(self) -> int:
         return self.weight.shape[0]
+
+    def take(self, heads: Tensor) -> "Projection":
+        """Only these heads, copied."""
+        bias = None if self.bias is None else self.bias.index_select(0, heads)
+        return Projection(self.weight.index_select(0, heads), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[heads, T, d] -> [heads, T, d_head]``; ``x`` may be ``[1, T, d]`` when every head reads the same."""
@@ -59,6 +65,12 @@ class Attention:
     out_bias: Tensor | None
     scale: float
     window: int | None = None
+
+    def take(self, heads: Tensor, kv_heads: Tensor) -> "Attention":
+        """Only these heads and key/value heads; copies their query, key and value weights."""
+        return dataclasses.replace(
+            self, query=self.query.take(heads), key=self.key.take(kv_heads), value=self.value.take(kv_heads)
+        )
 
 
 @dataclass(frozen=True)

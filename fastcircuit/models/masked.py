@@ -159,12 +159,26 @@ class MaskedCausalLM(nn.Module):
             read = self.final_read(token_ids, packing, ablated, masks, answers).index_select(0, places)
         return MaskedCausalLMOutput(logits=_arrange(self.unembed(read), packing, positions))
 
-    def final_read(self, token_ids: Tensor, packing: Packing, ablated: States, masks: Masks, answers: Tensor) -> Tensor:
-        """The masked model's final read, before norm and unembedding, at packed tokens ``answers`` (no repeats): ``[N, d]``."""
+    def final_read(
+        self,
+        token_ids: Tensor,
+        packing: Packing,
+        ablated: States,
+        masks: Masks,
+        answers: Tensor,
+        skip_zeros: bool = False,
+    ) -> Tensor:
+        """The masked model's final read, before norm and unembedding, at packed tokens ``answers`` (no repeats): ``[N, d]``.
+
+        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`).
+        """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
         product = masks.product(self.graph).to(device=self.device, dtype=self.mask_dtype)
-        return MaskedRun(anatomy, self.graph, packing, embeds, ablated, answers, self.recompute, self.backend)(product)
+        run = MaskedRun(
+            anatomy, self.graph, packing, embeds, ablated, answers, self.recompute, skip_zeros, self.backend
+        )
+        return run(product)
 
     @property
     def mask_dtype(self) -> torch.dtype:

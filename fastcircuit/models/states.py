@@ -78,12 +78,20 @@ def _token_mean(values: Tensor) -> Tensor:
 
 
 def attend(
-    attention: Attention, query_in: Tensor, key_in: Tensor, value_in: Tensor, rotary: Rotary, packing: Packing, causal: bool
+    attention: Attention,
+    query_in: Tensor,
+    key_in: Tensor,
+    value_in: Tensor,
+    rotary: Rotary,
+    packing: Packing,
+    causal: bool,
+    head_to_kv: Tensor | None = None,
 ) -> Tensor:
     """One block's attention up to, not including, the output projection.
 
     Args:
         query_in, key_in, value_in: normalised inputs of every head, ``[H or 1, T, d]`` and ``[KV or 1, T, d]``.
+        head_to_kv: key/value head of every head, ``[H]``; None: consecutive groups of equal size.
 
     Returns:
         ``[T, H * d_head]``.
@@ -91,7 +99,10 @@ def attend(
     query, key = attention.query(query_in), attention.key(key_in)
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-    return packing.attention(query, key, attention.value(value_in), attention.scale, causal, attention.window)
+    value = attention.value(value_in)
+    if head_to_kv is not None:
+        key, value = key.index_select(0, head_to_kv), value.index_select(0, head_to_kv)
+    return packing.attention(query, key, value, attention.scale, causal, attention.window)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

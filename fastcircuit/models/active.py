@@ -1,0 +1,75 @@
+"""What has to be computed when many masks are exactly 0.
+
+A writer that no live reader reads contributes nothing and receives nothing: its row, its head's readers and attention,
+its MLP are left out, and no result changes. The gradient of a mask that a hard-concrete clamp holds at 0 is 0, so the
+out-edges of such a writer lose nothing either.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcircuit.graph import Graph, Site
+
+
+class Active:
+    """The live writers and readers of one masked run, as indices.
+
+    Args:
+        on: bool ``[num_edges]``, the edges whose mask is not exactly 0; None: everything is computed.
+    """
+
+    def __init__(self, graph: Graph, on: np.ndarray | None, device: torch.device) -> None:
+        self.graph, self.device = graph, device
+        self.everything = on is None
+        writers, readers = (
+            (np.ones(graph.num_writers, dtype=bool), np.ones(graph.num_readers, dtype=bool)) if on is None else graph.live(on)
+        )
+        self._writers, self._readers = writers, readers
+        self._before = np.concatenate([[0], np.cumsum(writers)])
+
+    @property
+    def num_writers(self) -> int:
+        """Rows of the compact stream."""
+        return int(self._before[-1])
+
+    def row(self, writer: int) -> int:
+        """Row of a live writer in the compact stream; for any writer, how many live ones come before it."""
+        return int(self._before[writer])
+
+    def is_live(self, writer: int) -> bool:
+        return bool(self._writers[writer])
+
+    @cached_property
+    def writers(self) -> Tensor:
+        """Live writers, ``[num_writers]``."""
+        return self._index(self._writers)
+
+    def heads(self, layer: int) -> Tensor:
+        """Live heads of a layer, ``[n]``."""
+        return self._index(self._writers[self.graph.head_writer(layer) : self.graph.mlp_writer(layer)])
+
+    def reader_rows(self, site: Site) -> Tensor:
+        """Live readers of a site, counted within it, ``[n]``."""
+        return self._index(self._readers[site.first_reader : site.first_reader + site.num_readers])
+
+    def weights(self, site: Site, mask: Tensor) -> Tensor:
+        """The live block ``[live readers, live writers]`` of the mask at a site; a view when everything is live."""
+        block = site.view(mask)
+        if self.everything:
+            return block
+        columns = self.writers[: self.row(site.num_writers)]
+        return block.index_select(0, self.reader_rows(site)).index_select(1, columns)
+
+    def store(self, site: Site, grad_mask: Tensor, grad: Tensor) -> None:
+        """Put a live block's gradient where it belongs."""
+        block = site.view(grad_mask)
+        if self.everything:
+            block.copy_(grad)
+        else:
+            block[self.reader_rows(site)[:, None], self.writers[: self.row(site.num_writers)]] = grad
+
+    def _index(self, flags: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(flags)).to(self.device)
