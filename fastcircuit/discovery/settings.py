@@ -28,6 +28,7 @@ class Settings:
         schedule: of the targets, ``linear`` or ``logarithmic``.
         edge_target: final edge-sparsity target (may exceed 1); None: the sparsity of the circuit asked for, counted over
             edges and writers together.
+        node_masks: learn a mask per writer as well, as published; an edge is on when both are.
         node_target: final writer-sparsity target; None: no such term.
         initial_log_alpha: where every log-alpha starts.
         sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
@@ -47,6 +48,7 @@ class Settings:
     sparsity_warmup: int = 1250
     schedule: str = "linear"
     edge_target: float | None = None
+    node_masks: bool = True
     node_target: float | None = None
     silent_node_target: float | None = None
     initial_log_alpha: float = 3.0

@@ -58,6 +58,7 @@ class MaskedCausalLM(nn.Module):
         self.graph = Graph.from_config(model.config, embedding_nodes)
         self.recompute = recompute
         self.backend = backend
+        self.name: str | None = model.config.name_or_path or None
 
     @classmethod
     def from_pretrained(
@@ -82,7 +83,9 @@ class MaskedCausalLM(nn.Module):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
-        return cls(model, embedding_nodes, recompute, backend)
+        masked = cls(model, embedding_nodes, recompute, backend)
+        masked.name = name
+        return masked
 
     @property
     def config(self) -> Any:
@@ -106,7 +109,7 @@ class MaskedCausalLM(nn.Module):
         """What identifies the model in a circuit file."""
         config = self.config
         return {
-            "name": config.name_or_path or None,
+            "name": self.name,
             "architecture": config.model_type,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
