@@ -12,9 +12,10 @@ from fastcircuit.errors import InputError
 _LAUNCHERS = {
     "reference": "fastcircuit.ops.reference",
     "cpu": "fastcircuit.ops.cpu",
+    "triton": "fastcircuit.ops.triton",
 }
 BACKENDS = ("auto", *_LAUNCHERS)
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcircuit.errors import InputError
+from fastcircuit.ops.layout import layout_reasons
 
 # Torch comes first on purpose: its OpenMP runtime then serves the extension too, and there is one pool of threads.
 try:
@@ -62,27 +63,14 @@ def force_isa(name: str | None) -> None:
 
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
-    first = 0 if op == "masked_read" else 1
-    stream = tensors[first]
+    stream = tensors[0 if op == "masked_read" else 1]
     assert stream is not None
-    reasons = []
+    reasons = layout_reasons(op, tensors)
     if stream.device.type != "cpu":
         reasons.append(f"stream is on {stream.device}, not on the CPU")
     if stream.dtype not in _CODES:
         reasons.append(f"stream is {stream.dtype}; the kernels have float32, float64 and bfloat16")
-    if not _has_dense_rows(stream):
-        reasons.append("the [T, d] of each stream row is not contiguous, or rows overlap")
-    if op == "masked_read_backward_" and tensors[3] is not None and not _has_dense_rows(tensors[3]):
-        reasons.append("the [T, d] of each grad_stream row is not contiguous, or rows overlap")
     return reasons
-
-
-def _has_dense_rows(tensor: Tensor) -> bool:
-    writers, tokens, width = tensor.shape
-    row, token, one = tensor.stride()
-    if (one == 1 or width == 1) and (token == width or tokens == 1) and (row >= tokens * width or writers == 1):
-        return True
-    return tensor.numel() == 0
 
 
 def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
