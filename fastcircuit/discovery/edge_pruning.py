@@ -113,6 +113,8 @@ class EdgePruning:
         (kl + penalty).backward()
         self._clip(masks, step)
         self.optimizer.step()
+        if self.settings.upstream_compat:
+            upstream.restore_frozen_nodes(self.parameters)
         row = torch.stack([kl.detach(), penalty.detach(), sparsity.detach()]).double()
         self._pending.append(torch.cat([row.new_tensor([step]), row, row.new_tensor([target])]))
 

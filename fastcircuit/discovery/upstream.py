@@ -27,6 +27,13 @@ def detach_frozen_nodes(model: MaskedCausalLM, masks: Masks) -> Masks:
     return Masks(masks.edge, torch.cat([masks.node[:1].detach(), masks.node[1:]]))
 
 
+def restore_frozen_nodes(parameters: MaskParameters) -> None:
+    """Without a writer loss that embedding writer has no gradient at all, so weight decay passes it by: it stays put."""
+    if parameters.graph.embedding_nodes == "joint" and parameters.settings.node_target is None:
+        with torch.no_grad():
+            parameters.node[:1] = parameters.settings.initial_log_alpha
+
+
 def clip(parameters: MaskParameters, masks: Masks, step: int, norm: float) -> None:
     """Clip the joint norm, which counts the writer multipliers' gradients even when those are not trained.
 
