@@ -45,9 +45,11 @@ def ninja_rules(cxx: list[str], openmp: list[str], target: Path) -> str:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     variants = VARIANTS if x86 else {"portable": VARIANTS["portable"]}
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    jobs = {"bindings": ("bindings", include), "masked_read": ("masked_read", [])}
-    for name, (size, flags) in variants.items():
-        jobs[f"kernels_{name}"] = ("masked_read_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
+    jobs = {"bindings": ("bindings", include)}
+    for op in ("masked_read", "rms_norm"):
+        jobs[op] = (op, [])
+        for name, (size, flags) in variants.items():
+            jobs[f"{op}_{name}"] = (f"{op}_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
     shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else [])]
     lines = ["ninja_required_version = 1.5"]
     lines += [f"rule cc\n  command = {shlex.join([*cxx, *shared])} $flags -MMD -MF $out.d -c $in -o $out"]

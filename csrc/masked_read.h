@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace fastcircuit {
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2 };
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
 // Strides are in elements. Rows are contiguous; only the distance between them is free.
 struct ReadParams {

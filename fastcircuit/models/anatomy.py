@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastcircuit import ops
+
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -110,13 +112,7 @@ def layer_norm(module: nn.LayerNorm) -> Norm:
 
 def rms_norm(weight: Tensor, eps: float) -> Norm:
     """``x / sqrt(mean(x^2) + eps) * weight``, in float32 or better, returned in the dtype of ``x``."""
-
-    def norm(x: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return normed.to(x.dtype) * weight
-
-    return norm
+    return lambda x: ops.rms_norm(x, weight, eps)
 
 
 def linear_heads(layer: nn.Linear, heads: int) -> Projection:

@@ -30,30 +30,6 @@ SHAPES = [
 ]
 
 
-def _variants() -> list[tuple[str, str | None]]:
-    usable = [name for name, why in available_backends().items() if why is None and name != "cpu"]
-    return [(name, None) for name in usable] + [("cpu", isa) for isa in cpu_launcher.runnable_isas()]
-
-
-@pytest.fixture(params=_variants(), ids=lambda v: f"{v[0]}-{v[1]}" if v[1] else v[0])
-def backend(request):
-    name, isa = request.param
-    if name != "cpu":
-        yield name
-        return
-    cpu_launcher.force_isa(isa)
-    yield name
-    cpu_launcher.force_isa(None)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fresh tensors are NaN, so a kernel that leaves a number unwritten is found out."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def _operands(shape, dtype, mask_dtype):
     readers, writers, tokens, width = shape
     generator = torch.Generator().manual_seed(sum(shape))
