@@ -23,10 +23,9 @@ class Active:
 
     def __init__(self, graph: Graph, on: np.ndarray | None, device: torch.device) -> None:
         self.graph, self.device = graph, device
-        self.everything = on is None
-        writers, readers = (
-            (np.ones(graph.num_writers, dtype=bool), np.ones(graph.num_readers, dtype=bool)) if on is None else graph.live(on)
-        )
+        everything = np.ones(graph.num_writers, dtype=bool), np.ones(graph.num_readers, dtype=bool)
+        writers, readers = everything if on is None else graph.live(on)
+        self.everything = bool(writers.all() and readers.all())
         self._writers, self._readers = writers, readers
         self._before = np.concatenate([[0], np.cumsum(writers)])
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastcircuit import ops
 
@@ -46,6 +47,32 @@ class Projection:
         return torch.baddbmm(self.bias, x, self.weight)
 
 
+def project(reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    """Each projection of its own slice of ``reads`` ``[sum of heads, T, d]``, in order: ``[heads, T, d_head]`` each.
+
+    Equivalent to splitting ``reads`` and projecting the parts, but the gradient is written in place instead of being put
+    together from parts; weights get none.
+    """
+    return _Project.apply(reads, projections)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+        ctx.projections, ctx.shape = projections, reads.shape
+        parts = reads.split([projection.heads for projection in projections])
+        return tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_reads = grads[0].new_empty(ctx.shape)
+        parts = grad_reads.split([projection.heads for projection in ctx.projections])
+        for projection, part, grad in zip(ctx.projections, parts, grads, strict=True):
+            torch.bmm(grad, projection.weight.transpose(1, 2), out=part)
+        return grad_reads, None
+
+
 @dataclass(frozen=True)
 class Attention:
     """One block's attention.
@@ -67,6 +94,11 @@ class Attention:
     out_bias: Tensor | None
     scale: float
     window: int | None = None
+
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Query, key and value, in the order of the readers."""
+        return self.query, self.key, self.value
 
     def take(self, heads: Tensor, kv_heads: Tensor) -> "Attention":
         """Only these heads and key/value heads; copies their query, key and value weights."""

@@ -1,7 +1,10 @@
 """GPT-2: learned positions, LayerNorm, fused q/k/v in a transposed linear layer."""
 
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
 
 from fastcircuit.errors import InputError
 from fastcircuit.models.anatomy import Anatomy, Attention, Block, Projection, layer_norm
@@ -41,5 +44,11 @@ def _block(block) -> Block:
             scale=attention.scaling,
         ),
         mlp_norm=layer_norm(block.ln_2),
-        mlp=block.mlp,
+        mlp=_mlp(block.mlp),
     )
+
+
+def _mlp(mlp) -> Callable[[Tensor], Tensor]:
+    """The block's MLP; GPT-2's own activation, written out in Hugging Face, as the one operation it is."""
+    act = nn.GELU(approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act
+    return lambda x: mlp.c_proj(act(mlp.c_fc(x)))

@@ -41,7 +41,8 @@ class MaskedCausalLM(nn.Module):
     Args:
         model: a GPT-2, Llama, Mistral or Qwen2 ``...ForCausalLM``; put in eval mode, its parameters frozen.
         embedding_nodes: ``split``, ``joint`` or ``none`` (see :class:`fastcircuit.graph.Graph`).
-        recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster).
+        recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster);
+            None: keep them while they are estimated to take at most a GiB.
         backend: which ``masked_read`` to use: ``auto``, ``reference``, ``cpu`` or ``triton``.
     """
 
@@ -49,7 +50,7 @@ class MaskedCausalLM(nn.Module):
         self,
         model: PreTrainedModel,
         embedding_nodes: EmbeddingNodes = "split",
-        recompute: bool = True,
+        recompute: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class MaskedCausalLM(nn.Module):
         name: str,
         *,
         embedding_nodes: EmbeddingNodes = "split",
-        recompute: bool = True,
+        recompute: bool | None = None,
         backend: str = "auto",
         **kwargs: Any,
     ) -> "MaskedCausalLM":

@@ -79,27 +79,24 @@ def _token_mean(values: Tensor) -> Tensor:
 
 def attend(
     attention: Attention,
-    query_in: Tensor,
-    key_in: Tensor,
-    value_in: Tensor,
+    projected: tuple[Tensor, ...],
     rotary: Rotary,
     packing: Packing,
     causal: bool,
     head_to_kv: Tensor | None = None,
 ) -> Tensor:
-    """One block's attention up to, not including, the output projection.
+    """One block's attention between the projections in front of it and the one behind it.
 
     Args:
-        query_in, key_in, value_in: normalised inputs of every head, ``[H or 1, T, d]`` and ``[KV or 1, T, d]``.
+        projected: queries ``[H, T, d_head]``, keys and values ``[KV, T, d_head]``.
         head_to_kv: key/value head of every head, ``[H]``; None: consecutive groups of equal size.
 
     Returns:
         ``[T, H * d_head]``.
     """
-    query, key = attention.query(query_in), attention.key(key_in)
+    query, key, value = projected
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-    value = attention.value(value_in)
     if head_to_kv is not None:
         key, value = key.index_select(0, head_to_kv), value.index_select(0, head_to_kv)
     return packing.attention(query, key, value, attention.scale, causal, attention.window)
@@ -129,7 +126,7 @@ def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple
     for block in anatomy.blocks:
         attention = block.attention
         x = attention.norm(stream)[None]
-        out = attend(attention, x, x, x, rotary, packing, anatomy.causal)
+        out = attend(attention, tuple(part(x) for part in attention.projections), rotary, packing, anatomy.causal)
         stream = stream + out @ output_projection(attention)
         if attention.out_bias is not None:
             stream = stream + attention.out_bias

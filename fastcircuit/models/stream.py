@@ -17,10 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from fastcircuit.graph import Graph, Site
 from fastcircuit.models.active import Active
-from fastcircuit.models.anatomy import Anatomy, Block
+from fastcircuit.models.anatomy import Anatomy, Block, project
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
 from fastcircuit.ops import masked_read, masked_read_backward_
+
+
+# Readers' inputs up to this size are kept for backward rather than computed twice.
+KEEP_BYTES = 2**30
 
 
 @dataclass
@@ -33,7 +37,8 @@ class MaskedRun:
         embeds: clean outputs of the embedding tables, ``[E, T, d]``.
         ablated: what a removed edge carries.
         answers: packed tokens at which the final read is wanted, ``[N]``, without repeats.
-        recompute: recompute each block in backward (one block of activations alive) instead of keeping its graph.
+        recompute: recompute each block in backward (one block of activations alive) instead of keeping its graph; None: keep
+            graphs while they are estimated to fit in KEEP_BYTES.
         skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change; the
             gradient of a mask that is exactly 0 may be reported as 0, which it is for a clamped hard-concrete sample.
         backend: which ``masked_read`` to use.
@@ -45,7 +50,7 @@ class MaskedRun:
     embeds: Tensor
     ablated: States
     answers: Tensor
-    recompute: bool = True
+    recompute: bool | None = None
     skip_zeros: bool = False
     backend: str = "auto"
     active: Active = field(init=False)
@@ -60,6 +65,14 @@ class MaskedRun:
     def __call__(self, mask: Tensor) -> Tensor:
         """Final read at the answers, ``[N, d]``, for the mask ``z_rj`` of every edge, ``[num_edges]``."""
         return _MaskedRunFunction.apply(mask, self)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are recomputed in backward; decided by the size of all readers' inputs unless it was said."""
+        if self.recompute is not None:
+            return self.recompute
+        reads = self.graph.num_readers * self.embeds[0].numel() * self.embeds.element_size()
+        return reads > KEEP_BYTES
 
     def forward(self, mask: Tensor, keep_graphs: bool) -> Tensor:
         on = (mask != 0).cpu().numpy() if self.skip_zeros else None
@@ -151,18 +164,17 @@ class MaskedRun:
 
     def _attention(self, layer: int, block: Block) -> Callable[[Tensor], Tensor]:
         """Reads of the live readers, ``[n, T, d]``, to the live heads' outputs, ``[T, live heads * d_head]``."""
-        attention, heads, kv_heads = block.attention, self.graph.num_heads, self.graph.num_kv_heads
-        if self.active.everything:
-            sizes, head_to_kv = (heads, kv_heads, kv_heads), None
-        else:
+        attention, head_to_kv = block.attention, None
+        if not self.active.everything:
             live = self.active.heads(layer)
-            groups, head_to_kv = torch.unique(live // (heads // kv_heads), return_inverse=True)
+            groups, head_to_kv = torch.unique(
+                live // (self.graph.num_heads // self.graph.num_kv_heads), return_inverse=True
+            )
             attention = attention.take(live, groups)
-            sizes = (len(live), len(groups), len(groups))
 
         def run(reads: Tensor) -> Tensor:
-            query, key, value = attention.norm(reads).split(sizes)
-            return attend(attention, query, key, value, self.rotary, self.packing, self.anatomy.causal, head_to_kv)
+            projected = project(attention.norm(reads), attention.projections)
+            return attend(attention, projected, self.rotary, self.packing, self.anatomy.causal, head_to_kv)
 
         return run
 
@@ -244,7 +256,7 @@ class _MaskedRunFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mask: Tensor, run: MaskedRun) -> Tensor:
         needs_backward = ctx.needs_input_grad[0]
-        read = run.forward(mask, keep_graphs=needs_backward and not run.recompute)
+        read = run.forward(mask, keep_graphs=needs_backward and not run.recomputes)
         if needs_backward:
             ctx.run = run
             ctx.save_for_backward(mask)
