@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from bench.cases.training_step import GPT2_SMALL, STEPS, random_model
 
 SPEED_FLOOR, MEMORY_CEILING = 15.0, 1 / 3

@@ -137,7 +137,9 @@ class Circuit:
         return bool(self.keep[self.graph.edge_id(*edge)])
 
     def __repr__(self) -> str:
-        return f"Circuit({self.num_edges} of {self.graph.num_edges} edges, {len(self.nodes)} writers, task={self.task!r})"
+        return (
+            f"Circuit({self.num_edges} of {self.graph.num_edges} edges, {len(self.nodes)} writers, task={self.task!r})"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``circuit.json`` (format ``fastcircuit.circuit/1``)."""
@@ -181,7 +183,9 @@ class Circuit:
     def _from_dict(cls, value: Any, graph: Graph | None) -> "Circuit":
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             found = value.get("format") if isinstance(value, dict) else type(value).__name__
-            raise InputError(f'its "format" is {found!r}; accepted: "{FORMAT}", or an edge list [[writer, reader], ...]')
+            raise InputError(
+                f'its "format" is {found!r}; accepted: "{FORMAT}", or an edge list [[writer, reader], ...]'
+            )
         fields = ("graph", "model", "task", "ablation", "edges", "nodes", "metrics", "provenance")
         missing = [name for name in fields if name not in value]
         if missing:

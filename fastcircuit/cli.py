@@ -44,9 +44,13 @@ class EmbeddingNodes(str, Enum):
     none = "none"
 
 
-Model = Annotated[str, typer.Argument(help="Hugging Face id, local directory, or a shipped model (see `fastcircuit info`).")]
+Model = Annotated[
+    str, typer.Argument(help="Hugging Face id, local directory, or a shipped model (see `fastcircuit info`).")
+]
 TaskName = Annotated[str | None, typer.Option("--task", help="Task by name (see `fastcircuit info`).")]
-DataFile = Annotated[Path | None, typer.Option("--data", help='JSONL of pairs: {"clean": "a <predict>b</predict>", "corrupted": "c"}.')]
+DataFile = Annotated[
+    Path | None, typer.Option("--data", help='JSONL of pairs: {"clean": "a <predict>b</predict>", "corrupted": "c"}.')
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 OnDevice = Annotated[Device, typer.Option(help="Where to run; auto takes a GPU when there is one.")]
 InDtype = Annotated[Dtype, typer.Option(help="Precision of the model.")]
@@ -111,7 +115,9 @@ def discover(
     upstream_compat: Annotated[
         bool, typer.Option("--upstream-compat", help="Reproduce the published code's numerics, quirks included.")
     ] = False,
-    ablation: Annotated[str | None, typer.Option(help="What a removed edge carries: interchange, mean or zero.")] = None,
+    ablation: Annotated[
+        str | None, typer.Option(help="What a removed edge carries: interchange, mean or zero.")
+    ] = None,
     embedding_nodes: Nodes = EmbeddingNodes.split,
     seed: Seed = 0,
     device: OnDevice = Device.auto,
@@ -135,7 +141,12 @@ def discover(
     changes = {name: value for name, value in given.items() if value is not None}
     masked = _load_model(model, device, dtype, embedding_nodes)
     pairs = _load_task(model, task, data, seed)
-    run = Run(out or Path("runs") / f"{Path(model).name}-{pairs.name}", resume=resume, overwrite=overwrite, tensorboard=tensorboard)
+    run = Run(
+        out or Path("runs") / f"{Path(model).name}-{pairs.name}",
+        resume=resume,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
+    )
     started = time.perf_counter()
     with _progress("discover") as on_report:
         circuit = run.discover(masked, pairs, method, settings.changed(changes), sparsity, edges, on_report)
@@ -181,7 +192,9 @@ def evaluate(
     pairs = _load_task(model, task or (None if data else kept.task), data, seed)
     metrics = measure(masked, kept, pairs, split)
     if as_json:
-        _print_json({"edges": kept.num_edges, "total_edges": kept.graph.num_edges, "sparsity": kept.sparsity, split: metrics})
+        _print_json(
+            {"edges": kept.num_edges, "total_edges": kept.graph.num_edges, "sparsity": kept.sparsity, split: metrics}
+        )
     else:
         stdout.print(metrics_table(dataclasses.replace(kept, metrics={split: metrics})))
 
@@ -213,9 +226,9 @@ def compare(
 @app.command()
 def draw(
     circuit: Annotated[Path, typer.Argument(help="A circuit.json.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Picture to write: .svg, .png or .html (interactive).")] = Path(
-        "circuit.html"
-    ),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Picture to write: .svg, .png or .html (interactive).")
+    ] = Path("circuit.html"),
     as_json: AsJson = False,
 ) -> None:
     """Draw a circuit, layers as rows."""
@@ -277,7 +290,13 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
         def render(self, task: Any) -> Text:
             return Text(f"{task.speed or 0:5.1f} steps/s")
 
-    columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), Rate(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    ]
     columns.append(TextColumn("KL {task.fields[kl]:.3f}  sparsity {task.fields[sparsity]:.1%}"))
     with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as progress:
         bar = progress.add_task(what, total=None, kl=0.0, sparsity=0.0)
@@ -292,5 +311,3 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
 
 def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False))
-
-

@@ -48,8 +48,8 @@ class Story:
         metrics = self.circuit.metrics["test"]
         if not (metrics["kl"] <= WORST_KL and metrics["accuracy"] >= LEAST_ACCURACY):
             raise RunError(
-                f"the demo's circuit has test KL {metrics['kl']:.3f} and accuracy {metrics['accuracy']:.3f}; stated are at "
-                f"most {WORST_KL} and at least {LEAST_ACCURACY}"
+                f"the demo's circuit has test KL {metrics['kl']:.3f} and accuracy {metrics['accuracy']:.3f}; "
+                f"stated are at most {WORST_KL} and at least {LEAST_ACCURACY}"
             )
 
 

@@ -165,7 +165,9 @@ class Graph:
     def edge_readers(self) -> np.ndarray:
         """Reader of every edge, int32 ``[num_edges]``."""
         rows = [
-            np.repeat(np.arange(site.first_reader, site.first_reader + site.num_readers, dtype=np.int32), site.num_writers)
+            np.repeat(
+                np.arange(site.first_reader, site.first_reader + site.num_readers, dtype=np.int32), site.num_writers
+            )
             for site in self.sites
         ]
         return np.concatenate(rows)

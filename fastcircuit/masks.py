@@ -47,7 +47,9 @@ class Masks:
         if self.node is None:
             return self.edge
         if self.node.shape != (graph.num_writers,):
-            raise InputError(f"masks.node has shape {tuple(self.node.shape)}; this graph has {graph.num_writers} writers")
+            raise InputError(
+                f"masks.node has shape {tuple(self.node.shape)}; this graph has {graph.num_writers} writers"
+            )
         return self.edge * self.node.index_select(0, edge_writers(graph, self.node.device))
 
 
@@ -79,7 +81,7 @@ def probability_of_zero(log_alpha: Tensor) -> Tensor:
 
 
 def soft_value(log_alpha: Tensor) -> Tensor:
-    """The published code's deterministic mask before its zeros are cut, ``sigmoid(0.8 log_alpha / T)``: orders edges."""
+    """The published code's deterministic mask with its zeros not cut, ``sigmoid(0.8 log_alpha / T)``: orders edges."""
     return torch.sigmoid(log_alpha * (0.8 / TEMPERATURE))
 
 

@@ -14,7 +14,7 @@ _PACKAGES = ("fastcircuit", "torch", "transformers", "triton", "safetensors", "n
 
 
 def system_info() -> dict[str, Any]:
-    """Versions, devices, backends (``None`` or the reason one is missing), and what can be named on the command line."""
+    """Versions, devices, backends (``None`` or why one is missing), and what can be named on the command line."""
     devices = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
     devices += [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return {

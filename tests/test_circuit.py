@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.graph import Graph
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
-
 from tests.models.tiny import tiny_model
 
 GRAPH = Graph(2, 2, 1, "split")
@@ -23,7 +23,13 @@ def random_circuit(graph, density=0.2, seed=0, **about):
 
 def test_round_trip(tmp_path):
     circuit = Circuit.from_edges(
-        GRAPH, EDGES, model={"name": "x"}, task="t", ablation="mean", metrics={"test": {"kl": 0.5}}, provenance={"seed": 3}
+        GRAPH,
+        EDGES,
+        model={"name": "x"},
+        task="t",
+        ablation="mean",
+        metrics={"test": {"kl": 0.5}},
+        provenance={"seed": 3},
     )
     circuit.save(tmp_path / "circuit.json")
     loaded = Circuit.load(tmp_path / "circuit.json")
@@ -123,7 +129,7 @@ def test_changed_fields_are_refused(tmp_path):
 
 def test_another_graph_is_refused(tmp_path):
     Circuit.from_edges(GRAPH, EDGES).save(tmp_path / "c.json")
-    with pytest.raises(InputError, match="2 layers of 2 heads .* this model has 3 layers"):
+    with pytest.raises(InputError, match=r"2 layers of 2 heads .* this model has 3 layers"):
         Circuit.load(tmp_path / "c.json", Graph(3, 2, 2))
 
 

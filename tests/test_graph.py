@@ -3,9 +3,10 @@
 import time
 
 import pytest
+from transformers import GPT2Config, LlamaConfig
+
 from fastcircuit.errors import InputError
 from fastcircuit.graph import Graph
-from transformers import GPT2Config, LlamaConfig
 
 CODELLAMA_13B = {"num_layers": 40, "num_heads": 40, "num_kv_heads": 40}
 
@@ -83,11 +84,11 @@ def test_feeds_pairs_readers_with_the_heads_they_serve():
 
 def test_bad_names_and_shapes_say_what_is_accepted():
     graph = Graph(2, 2, 2, "split")
-    with pytest.raises(InputError, match="no writer 'a9.h0'"):
+    with pytest.raises(InputError, match=r"no writer 'a9\.h0'"):
         graph.edge_id("a9.h0", "m1")
     with pytest.raises(InputError, match=r"no reader 'm1.q'.*a0.h0.q"):
         graph.edge_id("a0.h0", "m1.q")
-    with pytest.raises(InputError, match="m1 is not computed before a0.h0.q"):
+    with pytest.raises(InputError, match=r"m1 is not computed before a0\.h0\.q"):
         graph.edge_id("m1", "a0.h0.q")
     with pytest.raises(InputError, match="accepted: split, joint, none"):
         Graph(2, 2, 2, "both")

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastcircuit
 import pytest
+
+import fastcircuit
 
 ROOT = Path(fastcircuit.__file__).parent
 # Lower layers first; a module may import its own layer (except where forbidden below) and lower ones.

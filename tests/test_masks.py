@@ -1,9 +1,11 @@
 """The hard-concrete distribution, schedules and the Lagrangian."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+
 from fastcircuit.errors import InputError
 from fastcircuit.graph import Graph
 from fastcircuit.masks import Lagrangian, Masks, probability_of_zero, sample, sample_at, target_sparsity
@@ -44,7 +46,7 @@ def test_samples_repeat_with_the_seed():
 def test_targets_linear_and_logarithmic():
     assert [target_sparsity(step, 10, 0.8) for step in (0, 5, 10, 99)] == pytest.approx([0, 0.4, 0.8, 0.8])
     logarithmic = [1 - target_sparsity(step, 4, 0.99, "logarithmic") for step in range(5)]
-    ratios = [b / a for a, b in zip(logarithmic, logarithmic[1:], strict=False)]
+    ratios = [b / a for a, b in pairwise(logarithmic)]
     assert ratios == pytest.approx([0.01**0.25] * 4)
     with pytest.raises(InputError, match="below 1"):
         target_sparsity(0, 4, 1.1, "logarithmic")
@@ -68,5 +70,5 @@ def test_product_multiplies_each_edge_by_its_writer():
     product = Masks(edge, node).product(graph)
     for number, (writer, _) in enumerate(graph.edges):
         assert product[number] == edge[number] * node[graph.writer_id(writer)]
-    with pytest.raises(InputError, match="masks.node has shape"):
+    with pytest.raises(InputError, match=r"masks\.node has shape"):
         Masks(edge, node[1:]).product(graph)

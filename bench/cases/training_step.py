@@ -35,14 +35,20 @@ def random_model(shape: Shape) -> GPT2LMHeadModel:
     """A GPT-2 of this shape with random weights, float32."""
     torch.manual_seed(0)
     config = GPT2Config(
-        n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, vocab_size=shape.vocabulary, n_positions=shape.tokens
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.width,
+        vocab_size=shape.vocabulary,
+        n_positions=shape.tokens,
     )
     return GPT2LMHeadModel(config).eval()
 
 
 def random_pairs(shape: Shape) -> Examples:
     """``batch`` pairs of random tokens, all ``tokens`` long, the answer predicted at the last position."""
-    ids = torch.randint(shape.vocabulary, (2, shape.batch, shape.tokens + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        shape.vocabulary, (2, shape.batch, shape.tokens + 1), generator=torch.Generator().manual_seed(0)
+    )
     clean, corrupted = ids.tolist()
     last = shape.tokens - 1
     return Examples.from_pairs(
@@ -69,4 +75,7 @@ def published_step(model: GPT2LMHeadModel, shape: Shape) -> Step:
     return lambda: published.training_step(batch)
 
 
-STEPS: dict[str, Callable[[GPT2LMHeadModel, Shape], Step]] = {"fastcircuit": fastcircuit_step, "published": published_step}
+STEPS: dict[str, Callable[[GPT2LMHeadModel, Shape], Step]] = {
+    "fastcircuit": fastcircuit_step,
+    "published": published_step,
+}

@@ -63,7 +63,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is not a checkpoint: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+                raise InputError(
+                    f"{path} is not a checkpoint: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+                )
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path} to resume from; run without --resume") from None

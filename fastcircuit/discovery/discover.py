@@ -104,9 +104,7 @@ def discover(
     return _finish(run, task, num_edges)
 
 
-def _edges_wanted(
-    model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None
-) -> int | None:
+def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None) -> int | None:
     if sparsity is not None and edges is not None:
         raise InputError("give sparsity or edges, not both")
     if edges is not None:

@@ -3,7 +3,13 @@
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
 
-_PUBLISHED = {"initial_log_alpha": 10.0, "sparsity_estimate": "sampled", "weight_decay": 0.01, "clip_norm": 1.0, "upstream_compat": True}
+_PUBLISHED = {
+    "initial_log_alpha": 10.0,
+    "sparsity_estimate": "sampled",
+    "weight_decay": 0.01,
+    "clip_norm": 1.0,
+    "upstream_compat": True,
+}
 
 _GPT2 = {
     "steps": 3000,

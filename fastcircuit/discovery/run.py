@@ -30,7 +30,9 @@ class Run:
         InputError: there is a finished or interrupted run in the directory, and neither flag says what to do with it.
     """
 
-    def __init__(self, directory: Path, resume: bool = False, overwrite: bool = False, tensorboard: bool = False) -> None:
+    def __init__(
+        self, directory: Path, resume: bool = False, overwrite: bool = False, tensorboard: bool = False
+    ) -> None:
         self.directory = directory
         self.resume = resume
         self.tensorboard = tensorboard
@@ -44,7 +46,11 @@ class Run:
             return
         for name, what in (("circuit.json", "a finished"), (self.checkpoint.name, "an interrupted")):
             if (directory / name).exists():
-                mend = "--overwrite to replace it" if what == "a finished" else "--resume to go on or --overwrite to start anew"
+                mend = (
+                    "--overwrite to replace it"
+                    if what == "a finished"
+                    else "--resume to go on or --overwrite to start anew"
+                )
                 raise InputError(f"{directory} holds {what} run; choose another --out, or {mend}")
 
     def discover(

@@ -7,7 +7,7 @@ NO_TOKEN = -100
 
 
 def kl_divergence(reference: Tensor, log_probs: Tensor) -> Tensor:
-    """``KL(reference || circuit) = sum_v p_v (ln p_v - ln q_v)`` in nats, ``[N]`` from two ``[N, V]`` of log-probabilities."""
+    """``KL(reference || circuit) = sum_v p_v (ln p_v - ln q_v)`` in nats: ``[N]`` from two ``[N, V]`` of them."""
     return torch.nn.functional.kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
 
 

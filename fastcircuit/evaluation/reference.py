@@ -90,7 +90,9 @@ class Reference:
         self.examples = examples
         self.interchange = ablation == "interchange"
         self.answer_tokens = None if answer_tokens is None else torch.tensor(answer_tokens, device=model.device)
-        self.constant = None if self.interchange else _constant_states(model, patching or examples, ablation, output_bias)
+        self.constant = (
+            None if self.interchange else _constant_states(model, patching or examples, ablation, output_bias)
+        )
         self.lengths = examples.attention_mask.sum(1)
         self.counts = examples.answer_mask.sum(1)
         self._keep_what_fits(budget)
@@ -115,7 +117,7 @@ class Reference:
             yield self.batch(chunk)
 
     def restrict(self, logits: Tensor) -> Tensor:
-        """Log-probabilities over the vocabulary or the answer tokens, in float32 or better: ``[N, V] -> [N, V or A]``."""
+        """Log-probabilities over the vocabulary or the answer tokens, float32 or better: ``[N, V] -> [N, V or A]``."""
         if self.answer_tokens is not None:
             logits = logits.index_select(1, self.answer_tokens)
         wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

@@ -14,7 +14,9 @@ from fastcircuit.models.masked import MaskedCausalLM, first_line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "float32", embedding_nodes: EmbeddingNodes = "split") -> MaskedCausalLM:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "float32", embedding_nodes: EmbeddingNodes = "split"
+) -> MaskedCausalLM:
     """A masked model by Hugging Face id, directory or zoo name, on ``device`` (``auto``: a GPU when there is one).
 
     Raises:
@@ -30,7 +32,9 @@ def load_model(name: str, device: str = "auto", dtype: str = "float32", embeddin
     model = MaskedCausalLM.from_pretrained(name, embedding_nodes=embedding_nodes, dtype=DTYPES[dtype])
     for parameter_name, parameter in model.model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise InputError(f"model {name!r}: weight {parameter_name} holds NaN or infinity; mend or re-download the file")
+            raise InputError(
+                f"model {name!r}: weight {parameter_name} holds NaN or infinity; mend or re-download the file"
+            )
     model.model.to(device)
     return model
 

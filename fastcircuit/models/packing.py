@@ -94,8 +94,10 @@ class Packing:
         tokens = sequences.transpose(1, 2).flatten(2).flatten(0, 1)
         return tokens if self.real is None else tokens.index_select(0, self._unpad_index)
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
-        """Softmax attention within each row: ``[H, T, d_head]`` (keys and values ``[KV, T, d_head]``) to ``[T, H * d_head]``."""
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None
+    ) -> Tensor:
+        """Attention within each row: ``[H, T, d_head]`` (keys, values ``[KV, T, d_head]``) to ``[T, H * d_head]``."""
         mask = self._attention_mask(causal, window)
         out = F.scaled_dot_product_attention(
             self.to_sequences(query),
@@ -126,8 +128,8 @@ class Packing:
         """Packed tokens at ``positions``.
 
         Args:
-            positions: bool ``[B, S]``; or int ``[B]`` or ``[B, P]``, places in the padded rows (negative ones count from
-                the end of the padded row); None: every real token.
+            positions: bool ``[B, S]``; or int ``[B]`` or ``[B, P]``, places in the padded rows (negative ones count
+                from the end of the padded row); None: every real token.
 
         Returns:
             Indices into the packed axis, ``[N]``: row by row, in the order given.
@@ -138,7 +140,9 @@ class Packing:
         positions = positions.to(self.device)
         if positions.dtype == torch.bool:
             if positions.shape != self.shape:
-                raise InputError(f"positions is a mask of shape {tuple(positions.shape)}; the batch is {tuple(self.shape)}")
+                raise InputError(
+                    f"positions is a mask of shape {tuple(positions.shape)}; the batch is {tuple(self.shape)}"
+                )
             flat = positions.flatten().nonzero().squeeze(1)
         else:
             if positions.dim() not in (1, 2) or positions.shape[0] != batch:

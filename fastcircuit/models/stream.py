@@ -22,7 +22,6 @@ from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
 from fastcircuit.ops import masked_read, masked_read_backward_
 
-
 # Readers' inputs up to this size are kept for backward rather than computed twice.
 KEEP_BYTES = 2**30
 
@@ -120,7 +119,9 @@ class MaskedRun:
         attention, ablated = block.attention, self.ablated.heads[layer]
         heads = self.active.heads(layer)
         if len(heads):
-            out = self._run_site(self.graph.attention_site(layer), mask, base, self._attention(layer, block), keep_graph)
+            out = self._run_site(
+                self.graph.attention_site(layer), mask, base, self._attention(layer, block), keep_graph
+            )
             reference = ablated if self.active.everything else _take_heads(ablated, heads, self.graph.num_heads)
             rows = self._head_rows(self.stream, layer)
             weight = attention.out_weight if self.active.everything else attention.out_weight.index_select(0, heads)

@@ -11,10 +11,14 @@ from fastcircuit.circuit import Circuit
 def metrics_table(circuit: Circuit) -> Group:
     """A circuit's size and its metrics, circuit beside full model where both exist."""
     graph = circuit.graph
-    head = f"{circuit.num_edges} of {graph.num_edges} edges ({circuit.sparsity:.1%} removed), {len(circuit.nodes)} writers"
+    head = (
+        f"{circuit.num_edges} of {graph.num_edges} edges ({circuit.sparsity:.1%} removed), {len(circuit.nodes)} writers"
+    )
     parts: list[Any] = [head]
     for split, metrics in circuit.metrics.items():
-        table = Table("metric", "circuit", "full model", title=f"{circuit.task or 'task'}, {split}", title_justify="left")
+        table = Table(
+            "metric", "circuit", "full model", title=f"{circuit.task or 'task'}, {split}", title_justify="left"
+        )
         for name, unit, own in (
             ("kl", "KL(full || circuit), nats", "0"),
             ("accuracy", "accuracy", _number(metrics, "model_accuracy")),
@@ -49,10 +53,13 @@ def overlap_table(found: dict[str, Any], first: str, second: str) -> Table:
 def info_table(found: dict[str, Any]) -> Table:
     """What :func:`fastcircuit.system.system_info` found."""
     table = Table("what", "here", show_lines=True)
-    table.add_row("versions", "\n".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items()))
+    table.add_row(
+        "versions", "\n".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
+    )
     table.add_row("devices", "\n".join(found["devices"]))
     table.add_row(
-        "backends", "\n".join(f"{name}: {'ready' if reason is None else reason}" for name, reason in found["backends"].items())
+        "backends",
+        "\n".join(f"{name}: {'ready' if reason is None else reason}" for name, reason in found["backends"].items()),
     )
     for key in ("architectures", "models", "tasks"):
         table.add_row(key, ", ".join(found[key]))

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.edge_pruning import EdgePruning
@@ -14,7 +15,6 @@ from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Pair, Task
-
 from tests.models.tiny import tiny_model
 
 QUICK = Settings(steps=24, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=16)
@@ -59,8 +59,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(model):
     assert torch.equal(first.history, again.history)
     assert first.circuit == again.circuit
     assert not torch.equal(first.masks.edge, other.masks.edge)
-
-
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(model, tmp_path):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import evaluate
@@ -14,7 +15,6 @@ from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
-
 from tests.discovery.test_edge_pruning import make_task
 from tests.models.tiny import tiny_model
 
@@ -44,9 +44,7 @@ def test_a_small_budget_keeps_the_first_examples(model, monkeypatch):
     assert 0 < some.num_kept < len(examples)
     everything = Reference(model, examples)
     for indices in (torch.tensor([0]), torch.tensor([9, 0])):
-        torch.testing.assert_close(
-            some.batch(indices).answers.log_probs, everything.batch(indices).answers.log_probs
-        )
+        torch.testing.assert_close(some.batch(indices).answers.log_probs, everything.batch(indices).answers.log_probs)
 
 
 def test_evaluate_equals_the_formulas(model):
@@ -57,10 +55,17 @@ def test_evaluate_equals_the_formulas(model):
     kl, hits, match, difference = [], [], [], []
     for row in range(len(examples)):
         length = int(examples.attention_mask[row].sum())
-        clean, corrupted = examples.input_ids[row : row + 1, :length], examples.corrupted_input_ids[row : row + 1, :length]
+        clean, corrupted = (
+            examples.input_ids[row : row + 1, :length],
+            examples.corrupted_input_ids[row : row + 1, :length],
+        )
         places = examples.answer_mask[row].nonzero().squeeze(1)
         full = model(clean).logits[0, places].log_softmax(-1)
-        own = model(clean, corrupted_input_ids=corrupted, masks=Masks.from_circuit(circuit)).logits[0, places].log_softmax(-1)
+        own = (
+            model(clean, corrupted_input_ids=corrupted, masks=Masks.from_circuit(circuit))
+            .logits[0, places]
+            .log_softmax(-1)
+        )
         right = examples.answers[row, places]
         kl.append((full.exp() * (full - own)).sum(-1).mean())
         hits.append((own.argmax(-1) == right).double().mean())

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from fastcircuit.errors import InputError
 from fastcircuit.graph import EMBEDDING_NODES
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
-
 from tests.models.oracle import oracle_logits, writer_outputs
 from tests.models.tiny import TINY, tiny_model
 
@@ -59,7 +59,10 @@ def test_random_masks_equal_the_oracle_gradients_included(name, embedding_nodes,
     masks = random_masks(model.graph)
     logits = model(clean, corrupted_input_ids=corrupted, masks=masks).logits
     expected = torch.stack(
-        [oracle_logits(hf_model, model.graph, masks.edge, masks.node, *rows) for rows in zip(clean, corrupted, strict=True)]
+        [
+            oracle_logits(hf_model, model.graph, masks.edge, masks.node, *rows)
+            for rows in zip(clean, corrupted, strict=True)
+        ]
     )
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-10)
     weights = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(1))
@@ -233,7 +236,10 @@ BAD_CALLS = {
     "misaligned": ({"corrupted_input_ids": torch.zeros(2, 5, dtype=torch.int64)}, "aligned token by token"),
     "token": ({"input_ids": torch.full((2, 6), 41)}, "outside the model's vocabulary of 41"),
     "too long": (
-        {"input_ids": torch.zeros(2, 17, dtype=torch.int64), "corrupted_input_ids": torch.zeros(2, 17, dtype=torch.int64)},
+        {
+            "input_ids": torch.zeros(2, 17, dtype=torch.int64),
+            "corrupted_input_ids": torch.zeros(2, 17, dtype=torch.int64),
+        },
         "at most 16",
     ),
     "mask shape": ({"attention_mask": torch.ones(2, 5)}, "attention_mask has shape"),

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from fastcircuit.ops import available_backends
 from fastcircuit.ops import cpu as cpu_launcher
 

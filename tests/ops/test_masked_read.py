@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from fastcircuit.errors import InputError
-from fastcircuit.ops import available_backends, masked_read, masked_read_backward_, reference
-from fastcircuit.ops import cpu as cpu_launcher
+from fastcircuit.ops import masked_read, masked_read_backward_, reference
 
 DTYPES = [
     (torch.float32, torch.float32),
