@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import upstream
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
+from fastcircuit.discovery.refine import refine
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
@@ -24,6 +25,7 @@ from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
+OnRound = Callable[[int, float], None]
 METHODS = ("edge-pruning",)
 DEFAULT_SPARSITY = 0.95
 
@@ -66,6 +68,7 @@ def discover(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_report: Callable[[Report], None] | None = None,
+    on_round: OnRound | None = None,
     **changes: Any,
 ) -> Discovery:
     """Find the circuit of ``task`` in ``model`` on its train split.
@@ -78,6 +81,7 @@ def discover(
         settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
         checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
         on_report: called every few steps with a :class:`Report`.
+        on_round: called after every round of refinement with the number of rounds done and the training KL.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.
@@ -101,7 +105,7 @@ def discover(
             raise InputError("resume needs the checkpoint to resume from")
         run.resume(path)
     run.run(path, on_report=on_report)
-    return _finish(run, task, num_edges)
+    return _finish(run, task, num_edges, on_round)
 
 
 def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None) -> int | None:
@@ -116,13 +120,15 @@ def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | N
     return edges_for_sparsity(model.graph, sparsity)
 
 
-def _finish(run: EdgePruning, task: Task, num_edges: int | None) -> Discovery:
+def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:
     settings, parameters = run.settings, run.parameters
     if settings.upstream_compat:
         circuit = upstream.published_circuit(parameters, num_edges)
     else:
         assert num_edges is not None
         circuit = top_circuit(run.model.graph, parameters.scores(), num_edges, settings.ablation)
+    if settings.refine_rounds:
+        circuit = refine(run.reference, circuit, settings.refine_rounds, on_round=on_round)
     circuit = dataclasses.replace(
         circuit,
         model=run.model.about,

@@ -77,6 +77,6 @@ def _kl_and_gradient(reference: Reference, circuit: Circuit, most_examples: int)
         divergence = kl_divergence(batch.answers.log_probs, reference.restrict(model.unembed(read)))
         share = batch.answers.example_mean(divergence, batch.size) * (batch.size / count)
         share.backward()
-        total += float(share)
+        total += float(share.detach())
     assert mask.grad is not None
     return total, mask.grad.double().cpu().numpy()

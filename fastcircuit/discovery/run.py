@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery.discover import discover
+from fastcircuit.discovery.discover import OnRound, discover
 from fastcircuit.discovery.edge_pruning import Report
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
@@ -62,6 +62,7 @@ class Run:
         sparsity: float | None = None,
         edges: int | None = None,
         on_report: OnReport | None = None,
+        on_round: OnRound | None = None,
     ) -> Circuit:
         """Find the circuit, evaluate it on the test split (or, without one, on train), write both files."""
         with _Logs(self.directory / "tensorboard" if self.tensorboard else None) as log:
@@ -75,6 +76,7 @@ class Run:
                 checkpoint=self.checkpoint,
                 resume=self.resume,
                 on_report=_both(on_report, log),
+                on_round=on_round,
             )
         split = "test" if "test" in task.splits else "train"
         metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}

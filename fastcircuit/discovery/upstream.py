@@ -106,11 +106,12 @@ def _soft_nodes(parameters: MaskParameters) -> np.ndarray:
     """Deterministic masks of all writers: a tensor per layer's heads, one per MLP and per embedding."""
     graph, values = parameters.graph, parameters.node.detach().cpu()
     soft = np.empty(graph.num_writers)
-    heads = [np.arange(graph.head_writer(layer), graph.mlp_writer(layer)) for layer in range(graph.num_layers)]
-    singles = [[index] for index in range(graph.num_embedding_writers)]
-    singles += [[graph.mlp_writer(layer)] for layer in range(graph.num_layers)]
-    for group in [*heads, *singles]:
-        soft[group] = _cut(values[torch.as_tensor(group)]).numpy()
+    groups = [slice(index, index + 1) for index in range(graph.num_embedding_writers)]
+    for layer in range(graph.num_layers):
+        mlp = graph.mlp_writer(layer)
+        groups += [slice(graph.head_writer(layer), mlp), slice(mlp, mlp + 1)]
+    for group in groups:
+        soft[group] = _cut(values[group]).numpy()
     return soft
 
 
@@ -128,8 +129,7 @@ def parameter_tensors(graph: Graph) -> Iterator[tuple[np.ndarray, int]]:
     splits = (graph.num_heads, graph.num_kv_heads, graph.num_kv_heads)
     for site in graph.sites:
         edges = np.arange(site.first_edge, site.first_edge + site.num_edges).reshape(site.num_readers, site.num_writers)
-        rows = np.cumsum(splits)[:-1] if site.num_readers > 1 or site.name.startswith("a") else []
-        for block in np.split(edges, rows):
+        for block in np.split(edges, np.cumsum(splits)[:-1]) if site.name.startswith("a") else [edges]:
             impossible = 0 if site.name == FINAL_READ else len(block) * (graph.num_writers - site.num_writers)
             yield block.ravel(), impossible
 
