@@ -12,8 +12,9 @@ import torch
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.rounding import top_circuit
+from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.metrics import kl_divergence
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
 
 MOST_SWAPS = 8
@@ -32,51 +33,48 @@ def refine(
     Args:
         on_round: called with the number of rounds done and the KL so far.
     """
-    kl, gradient = _kl_and_gradient(reference, circuit, most_examples)
+    indices = torch.arange(min(most_examples, len(reference)))
+    batches = [reference.batch(chunk) for chunk in indices.split(BATCH_SIZE)]
+    kl = mean_kl(reference, Masks.from_circuit(circuit), batches)
+    gradient = _kl_gradient(reference, circuit, batches)
     swaps, tried = MOST_SWAPS, np.zeros(circuit.graph.num_edges, dtype=bool)
     for number in range(rounds):
-        candidate, touched = _swapped(circuit, gradient, swaps, tried)
+        candidate = _swapped(circuit, gradient, swaps, tried)
         if candidate is None:
             break
-        new_kl, new_gradient = _kl_and_gradient(reference, candidate, most_examples)
+        new_kl = mean_kl(reference, Masks.from_circuit(candidate), batches)
         if new_kl < kl:
-            circuit, kl, gradient = candidate, new_kl, new_gradient
+            circuit, kl, gradient = candidate, new_kl, _kl_gradient(reference, candidate, batches)
             swaps = min(MOST_SWAPS, 2 * swaps)
             tried[:] = False
         elif swaps > 1:
             swaps //= 2
         else:
-            tried |= touched
+            tried |= candidate.keep != circuit.keep
         if on_round is not None:
             on_round(number + 1, kl)
     return circuit
 
 
-def _swapped(
-    circuit: Circuit, gradient: np.ndarray, swaps: int, tried: np.ndarray
-) -> tuple[Circuit | None, np.ndarray]:
-    """The circuit with ``swaps`` edges swapped, and which edges that touched; None when every edge has been tried."""
+def _swapped(circuit: Circuit, gradient: np.ndarray, swaps: int, tried: np.ndarray) -> Circuit | None:
+    """The circuit with ``swaps`` edges swapped that have not been ``tried``; None when there are none left."""
     gain = np.where(circuit.keep, np.inf, np.where(tried, -np.inf, -gradient))
     removable = np.flatnonzero(circuit.keep & ~tried)
     if not len(removable) or not np.isfinite(gain[~circuit.keep]).any():
-        return None, tried
+        return None
     out = removable[np.argsort(-gradient[removable], kind="stable")[:swaps]]
     gain[out] = -np.inf
-    candidate = top_circuit(circuit.graph, gain, circuit.num_edges, circuit.ablation)
-    return candidate, candidate.keep != circuit.keep
+    return top_circuit(circuit.graph, gain, circuit.num_edges, circuit.ablation)
 
 
-def _kl_and_gradient(reference: Reference, circuit: Circuit, most_examples: int) -> tuple[float, np.ndarray]:
-    """Mean KL of the circuit, in nats, and its gradient in every edge's mask, kept or not, ``[num_edges]``."""
-    model, total = reference.model, 0.0
+def _kl_gradient(reference: Reference, circuit: Circuit, batches: list[Batch]) -> np.ndarray:
+    """Gradient of the circuit's mean KL in every edge's mask, kept or not, ``[num_edges]``."""
+    model = reference.model
     mask = Masks.from_circuit(circuit).edge.to(model.device, model.mask_dtype).requires_grad_()
-    count = min(most_examples, len(reference))
-    for indices in torch.arange(count).split(BATCH_SIZE):
-        batch = reference.batch(indices)
+    total = sum(batch.size for batch in batches)
+    for batch in batches:
         read = model.final_read(batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens)
         divergence = kl_divergence(batch.answers.log_probs, reference.restrict(model.unembed(read)))
-        share = batch.answers.example_mean(divergence, batch.size) * (batch.size / count)
-        share.backward()
-        total += float(share.detach())
+        (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()
     assert mask.grad is not None
-    return total, mask.grad.double().cpu().numpy()
+    return mask.grad.double().cpu().numpy()

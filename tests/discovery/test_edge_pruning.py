@@ -9,15 +9,18 @@ import torch
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.refine import refine
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import InputError, RunError
+from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
+from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Pair, Task
 from tests.models.tiny import tiny_model
 
-QUICK = Settings(steps=24, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=16)
+QUICK = Settings(steps=24, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=16, refine_rounds=6)
 
 
 def make_task(num=10, vocabulary=41, seed=0):
@@ -143,7 +146,7 @@ def test_a_checkpoint_never_holds_nan(model, tmp_path):
     run.step()
     with torch.no_grad():
         run.parameters.edge[3] = float("inf")
-    with pytest.raises(RunError, match="step 1: .*nothing was saved"):
+    with pytest.raises(RunError, match=r"step 1: .*nothing was saved"):
         run.save(checkpoint)
     assert not checkpoint.exists()
 
@@ -165,6 +168,20 @@ def test_dangling_edges_do_not_count():
     order = [("tok_embeds", "a1.h0.q"), ("tok_embeds", "resid_post"), ("pos_embeds", "resid_post")]
     scores = np.array([3.0 - order.index(edge) if edge in order else -1.0 for edge in graph.edges])
     assert top_circuit(graph, scores, 2).edges == order[1:]
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "mean"])
+def test_refining_lowers_the_training_kl_and_keeps_the_size(model, ablation):
+    reference = Reference(model, make_task().split("train"), ablation)
+    scores = np.random.default_rng(0).normal(size=model.graph.num_edges)
+    circuit = top_circuit(model.graph, scores, 40, ablation)
+    rounds = []
+    refined = refine(reference, circuit, 30, on_round=lambda number, kl: rounds.append(kl))
+    before, after = (mean_kl(reference, Masks.from_circuit(each)) for each in (circuit, refined))
+    assert after < 0.9 * before
+    assert refined.num_edges == 40
+    assert rounds == sorted(rounds, reverse=True)
+    assert rounds[-1] == pytest.approx(after, rel=1e-4)
 
 
 BAD_CALLS = {
