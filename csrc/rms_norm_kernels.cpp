@@ -54,12 +54,17 @@ FC_INLINE void store(S* p, Vec<A> v, int64_t lanes) {
   std::memcpy(p, edge, sizeof(S) * lanes);
 }
 
-// v as it would be after a store in S.
+// v as a store in S and a load would make it: bfloat16 is the upper half of a float, rounded to nearest even.
 template <class S, class A = typename Traits<S>::Accumulate>
 FC_INLINE Vec<A> rounded(Vec<A> v) {
-  S lanes[Simd<A>::kLanes];
-  Traits<S>::store(lanes, v);
-  return Traits<S>::load(lanes);
+  if constexpr (sizeof(S) == sizeof(A)) {
+    return v;
+  } else {
+    using Wide = typename Traits<S>::Wide;
+    const Wide bits = (Wide)v;
+    const Vec<A> nearest = (Vec<A>)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+    return v != v ? v : nearest;
+  }
 }
 
 // Calls body(column, lanes, part) for every vector of a row.

@@ -35,7 +35,11 @@ def missing_reason(backend: str) -> str | None:
 def unsupported_reasons(op: str, backend: str, *tensors: Tensor | None) -> list[str]:
     """Why ``backend`` cannot run ``op`` on these tensors, given in the order of the op; empty if it can."""
     missing = missing_reason(backend)
-    return [missing] if missing else launcher(backend).unsupported(op, *tensors)
+    if missing:
+        return [missing]
+    if not hasattr(launcher(backend), op):
+        return [f"it has no {op}"]
+    return launcher(backend).unsupported(op, *tensors)
 
 
 def choose(op: str, backend: str, *tensors: Tensor | None) -> Callable:
@@ -56,7 +60,7 @@ def choose(op: str, backend: str, *tensors: Tensor | None) -> Callable:
 def _best(op: str, tensors: tuple[Tensor | None, ...]) -> ModuleType:
     device = next(t.device.type for t in tensors if t is not None)
     for name in _PREFERENCE.get(device, ()):
-        if missing_reason(name) is None and not launcher(name).unsupported(op, *tensors):
+        if not unsupported_reasons(op, name, *tensors):
             return launcher(name)
     return launcher("reference")
 
