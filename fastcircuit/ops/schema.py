@@ -90,7 +90,7 @@ def _backward(ctx, grad_reads: Tensor):
     stream, mask = ctx.saved_tensors
     grad_stream = grad_mask = None
     if needs_stream or needs_mask:
-        # The op wants both operands; the one nothing reads is a placeholder that costs no memory.
+        # The op wants both operands; the one nothing reads is a placeholder one row large.
         stream = _placeholder(grad_reads, *ctx.stream_like) if stream is None else stream
         mask = _placeholder(grad_reads, *ctx.mask_like) if mask is None else mask
         grad_stream, grad_mask = torch.ops.fastcircuit.masked_read_grads.default(
@@ -101,7 +101,7 @@ def _backward(ctx, grad_reads: Tensor):
 
 
 def _placeholder(near: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.empty((), dtype=dtype, device=near.device).expand(shape)
+    return torch.empty(shape[1:], dtype=dtype, device=near.device).expand(shape)
 
 
 def _no_second_derivative(ctx, *grads: Tensor):

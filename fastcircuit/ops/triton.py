@@ -1,12 +1,17 @@
 """Launches the Triton kernels; the kernels themselves are in kernels/, imported as fastcircuit_kernels."""
 
-import importlib.util
+import importlib
 import os
 
 import torch
 from torch import Tensor
 
 from fastcircuit.ops.layout import layout_reasons
+
+_NEEDED = {
+    "triton": "pip install 'fastcircuit[gpu]' (Linux)",
+    "fastcircuit_kernels.masked_read": "pip install fastcircuit",
+}
 
 
 def _interpreted() -> bool:
@@ -15,10 +20,11 @@ def _interpreted() -> bool:
 
 def missing_reason() -> str | None:
     """Why Triton cannot be used on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed. Install it: pip install 'fastcircuit[gpu]' (Linux)"
-    if importlib.util.find_spec("fastcircuit_kernels") is None:
-        return "the package fastcircuit_kernels is missing. Install fastcircuit: pip install -e ."
+    for module, mend in _NEEDED.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{module} cannot be imported ({error}). Install it: {mend}"
     if not torch.cuda.is_available() and not _interpreted():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels, slowly, on the CPU)"
     return None
