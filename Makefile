@@ -1,42 +1,51 @@
+# `make demo` and `make test` work on a fresh machine: they create .venv and install what they need first.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
+
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+CUDA := import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: nothing was run")
 
 .PHONY: help setup demo test lint bench test-gpu bench-gpu
-.DEFAULT_GOAL := help
 
-help: ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+help:  ## say what each target does
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(STAMP) ## Create .venv and install everything into it
+setup: $(BUILT)  ## create .venv and install the package, editable, with its development tools
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $(STAMP)
 
-demo: setup ## Find, evaluate and draw a circuit in a real small model (under 90 s)
+$(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %) -e ".[$(EXTRAS)]"
+	@touch $@
+
+# The compiled kernels again when only they changed: seconds, and no network.
+$(BUILT): setup.py $(wildcard csrc/*) $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: setup  ## find, evaluate and draw a circuit in a shipped model
 	$(BIN)/fastcircuit demo
 
-lint: setup ## Style and types
+lint: setup  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## Style, types and all tests
-	$(BIN)/python -m pytest
+test: lint  ## style, types and tests
+	$(BIN)/python -m pytest -q
 
-bench: setup ## Kernels and training step against the baselines (about 5 minutes)
-	$(BIN)/python -m pytest bench -q --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+bench: setup  ## benchmarks
+	$(BIN)/python -m pytest -q bench
 
-CUDA_CHECK := import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device here: these need one")
+test-gpu: setup  ## the tests that need a CUDA device
+	@$(BIN)/python -c '$(CUDA)'
+	$(BIN)/python -m pytest -q -m gpu
 
-test-gpu: setup ## Tests that need a CUDA device
-	@$(BIN)/python -c '$(CUDA_CHECK)'
-	$(BIN)/python -m pytest -m gpu
-
-bench-gpu: setup ## Benchmarks on a CUDA device
-	@$(BIN)/python -c '$(CUDA_CHECK)'
-	$(BIN)/python -m pytest bench -q -m gpu
+bench-gpu: setup  ## the benchmarks that need a CUDA device
+	@$(BIN)/python -c '$(CUDA)'
+	$(BIN)/python -m pytest -q -m gpu bench

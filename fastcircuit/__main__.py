@@ -1,5 +1,6 @@
-"""`python -m fastcircuit` is the command line."""
+"""``python -m fastcircuit``."""
 
 from fastcircuit.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

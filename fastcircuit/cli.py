@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,28 +17,30 @@ from fastcircuit.errors import InputError, RunError
 
 app = typer.Typer(
     help="Find circuits in transformers: discover, evaluate, compare, draw.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
+INTERRUPTED = 130  # what typer returns when a command is stopped by Ctrl-C
+# ClickException, which some versions of typer take from click and others from a copy of their own.
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
-class Device(str, Enum):
+class Device(Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
 
-class Dtype(str, Enum):
+class Dtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float64 = "float64"
 
 
-class EmbeddingNodes(str, Enum):
+class EmbeddingNodes(Enum):
     split = "split"
     joint = "joint"
     none = "none"
@@ -63,27 +65,39 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 def main() -> None:
     """Run the command line; user errors become one line and exit code 2 (bad input) or 1 (the run failed)."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     try:
-        app()
-    except (InputError, RunError) as error:
+        sys.exit(_run(arguments or ["--help"]))
+    except (InputError, UsageError) as error:
         if debug:
             raise
-        stderr.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        stderr.print("interrupted; nothing was left half-written", style="red")
-        sys.exit(1)
+        _fail(error.format_message() if hasattr(error, "format_message") else str(error), 2)
+    except RunError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
     except Exception as error:
         if debug:
             raise
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        stderr.print(
-            f"error: unexpected {type(error).__name__}: {message} (--debug shows where)", style="red", markup=False
-        )
-        sys.exit(1)
+        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command that was not stopped by an error."""
+    try:
+        code = app(args=arguments, prog_name="fastcircuit", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _fail("interrupted; nothing was left half-written", 1)
+    return code or 0
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print ``message`` as one line on stderr and exit."""
+    stderr.print(f"error: {' '.join(message.split())}", style="red", markup=False, soft_wrap=True)
+    sys.exit(code)
 
 
 @app.command()
@@ -132,24 +146,23 @@ def discover(
     from fastcircuit.discovery import preset as preset_settings
     from fastcircuit.discovery.run import Run
     from fastcircuit.discovery.settings import Settings
+    from fastcircuit.files import check_writable
     from fastcircuit.report.tables import metrics_table
 
     given = {"steps": steps, "batch_size": batch_size, "ablation": ablation, "seed": seed}
     if upstream_compat:
         given["upstream_compat"] = True
-    settings = preset_settings(preset) if preset else Settings()
     changes = {name: value for name, value in given.items() if value is not None}
+    settings = (preset_settings(preset) if preset else Settings()).changed(changes)
+    _check_source(task, data)
+    where = out or Path("runs") / f"{Path(model).name}-{data.stem if data else task}"
+    run = Run(where, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
+    check_writable(where)
     masked = _load_model(model, device, dtype, embedding_nodes)
-    pairs = _load_task(model, task, data, seed)
-    run = Run(
-        out or Path("runs") / f"{Path(model).name}-{pairs.name}",
-        resume=resume,
-        overwrite=overwrite,
-        tensorboard=tensorboard,
-    )
+    pairs = _load_task(model, masked, task, data, seed)
     started = time.perf_counter()
     with _progress("discover") as on_report:
-        circuit = run.discover(masked, pairs, method, settings.changed(changes), sparsity, edges, on_report)
+        circuit = run.discover(masked, pairs, method, settings, sparsity, edges, on_report)
     result = {
         "edges": circuit.num_edges,
         "total_edges": circuit.graph.num_edges,
@@ -186,10 +199,13 @@ def evaluate(
     from fastcircuit.report.tables import metrics_table
 
     loaded = None if embedding_nodes else Circuit.load(circuit)
+    if loaded and task is None and data is None:
+        task = loaded.task
+    _check_source(task, data)
     nodes = embedding_nodes or EmbeddingNodes(loaded.graph.embedding_nodes if loaded else "split")
     masked = _load_model(model, device, dtype, nodes)
     kept = loaded or Circuit.load(circuit, masked.graph)
-    pairs = _load_task(model, task or (None if data else kept.task), data, seed)
+    pairs = _load_task(model, masked, task, data, seed)
     metrics = measure(masked, kept, pairs, split)
     if as_json:
         _print_json(
@@ -269,20 +285,37 @@ def _load_model(name: str, device: Device, dtype: Dtype, embedding_nodes: Embedd
     return load_model(name, device.value, dtype.value, embedding_nodes.value)
 
 
-def _load_task(model: str, task: str | None, data: Path | None, seed: int) -> Any:
-    from fastcircuit.models.loading import load_tokenizer
-    from fastcircuit.tasks import load_task, names
+def _check_source(task: str | None, data: Path | None) -> None:
+    """InputError unless there is one task or one file; before a model is loaded."""
+    from fastcircuit.tasks import names
 
+    known = ", ".join(names())
     if (task is None) == (data is None):
-        raise InputError(f"say what to explain: --task NAME ({', '.join(names())}) or --data PAIRS.jsonl, one of them")
-    if data is not None and not data.exists():
-        raise InputError(f"data file {data} does not exist")
-    return load_task(str(data or task), load_tokenizer(model), seed=seed)
+        raise InputError(f"say what to explain: --task NAME ({known}) or --data PAIRS.jsonl, one of them")
+    if task is not None and task not in names():
+        raise InputError(f"no task {task!r}; tasks: {known}; or give a file of your own with --data PAIRS.jsonl")
+    if data is not None and not data.is_file():
+        raise InputError(f"data file {data} does not exist" if not data.exists() else f"data file {data} is no file")
+
+
+def _load_task(model: str, masked: Any, task: str | None, data: Path | None, seed: int) -> Any:
+    from fastcircuit.models.loading import load_tokenizer
+    from fastcircuit.tasks import load_task
+
+    pairs = load_task(task or f"{data}", load_tokenizer(model), seed=seed)
+    pairs.check_vocabulary(masked.config.vocab_size)
+    return pairs
 
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[Any], None]]:
-    """A progress bar on stderr with KL, sparsity, rate and time left; yields the function that moves it."""
+    """A progress bar on stderr with KL, sparsity, rate and time left; yields the function that moves it.
+
+    Where stderr is no terminal: a line at every tenth of the run.
+    """
+    if not stderr.is_terminal:
+        yield _progress_lines(what)
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
@@ -298,7 +331,7 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
         TimeRemainingColumn(),
     ]
     columns.append(TextColumn("KL {task.fields[kl]:.3f}  sparsity {task.fields[sparsity]:.1%}"))
-    with Progress(*columns, console=stderr, transient=not stderr.is_terminal) as progress:
+    with Progress(*columns, console=stderr) as progress:
         bar = progress.add_task(what, total=None, kl=0.0, sparsity=0.0)
 
         def on_report(report: Any) -> None:
@@ -307,6 +340,20 @@ def _progress(what: str) -> Iterator[Callable[[Any], None]]:
             )
 
         yield on_report
+
+
+def _progress_lines(what: str) -> Callable[[Any], None]:
+    printed = 0
+
+    def on_report(report: Any) -> None:
+        nonlocal printed
+        tenth = 10 * (report.step + 1) // report.steps
+        if tenth > printed:
+            printed = tenth
+            numbers = f"KL {report.kl:.3f}  sparsity {report.edge_sparsity:.1%}"
+            stderr.print(f"{what} {report.step + 1}/{report.steps}  {numbers}", markup=False, soft_wrap=True)
+
+    return on_report
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -37,6 +37,25 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """InputError unless files can be written into ``directory`` (which need not exist, and is not left behind).
+
+    For the start of a long run, so that it does not fail at its end.
+    """
+    target = Path(directory)
+    made = [path for path in (target, *target.parents) if not path.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {target}: {error.strerror or error}; choose another --out") from error
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

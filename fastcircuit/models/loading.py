@@ -1,17 +1,23 @@
 """Models and tokenizers by name, with one clear line when that fails."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from transformers import AutoTokenizer
-from transformers.utils import logging
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastcircuit import zoo
 from fastcircuit.errors import InputError
 from fastcircuit.graph import EmbeddingNodes
-from fastcircuit.models.masked import MaskedCausalLM, first_line
+from fastcircuit.models.masked import MaskedCausalLM, check_supported, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
 
 def load_model(
@@ -20,28 +26,80 @@ def load_model(
     """A masked model by Hugging Face id, directory or zoo name, on ``device`` (``auto``: a GPU when there is one).
 
     Raises:
-        InputError: no such model or device, an unsupported architecture, or weights that are not finite.
+        InputError: no such model or device, an unsupported architecture, weights that are missing or not finite.
     """
-    logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda is not available here (`fastcircuit info` lists what is); use --device cpu")
-    model = MaskedCausalLM.from_pretrained(name, embedding_nodes=embedding_nodes, dtype=DTYPES[dtype])
-    for parameter_name, parameter in model.model.named_parameters():
+    model = _read_model(name, DTYPES[dtype])
+    for parameter_name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(
                 f"model {name!r}: weight {parameter_name} holds NaN or infinity; mend or re-download the file"
             )
-    model.model.to(device)
-    return model
+    return MaskedCausalLM(model.to(device), embedding_nodes)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model; InputError when there is none."""
+    path = _locate(name)
     try:
-        return AutoTokenizer.from_pretrained(zoo.resolve(name))
-    except (OSError, ValueError, KeyError) as error:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise InputError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
+
+
+def _read_model(name: str, dtype: torch.dtype) -> Any:
+    """The Hugging Face model, every weight of it from the file."""
+    path = _locate(name)
+    try:
+        with _quiet():
+            check_supported(AutoConfig.from_pretrained(path))
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"model {name!r}: {len(missing)} weight(s) are not in its file, such as {missing[0]}")
+    return model
+
+
+def _locate(name: str) -> str:
+    """The directory of a model, or its hub id; InputError, without asking the hub, when a path leads to no model."""
+    path = Path(zoo.resolve(name)).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} is no model directory: there is no config.json in it")
+        return str(path)
+    if path.exists():
+        raise InputError(f"{name} is a file; name the directory that holds the model's config.json and weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in _FILE_SUFFIXES:
+        raise InputError(f"no such model directory: {name}")
+    return name
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars, warnings and log lines of the libraries: what is wrong is said once, in our words."""
+    loggers = (transformers.logging, huggingface_hub.logging)
+    verbosities = [logger.get_verbosity() for logger in loggers]
+    bars = transformers.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, verbosity in zip(loggers, verbosities, strict=True):
+            logger.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
