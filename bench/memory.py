@@ -1,4 +1,4 @@
-"""Peak memory of one case in a process of its own: ``python -m bench.memory fastcircuit`` prints bytes above the weights."""
+"""Peak memory of one case in its own process: ``python -m bench.memory fastcircuit`` prints bytes above the weights."""
 
 import resource
 import sys

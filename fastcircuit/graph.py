@@ -238,8 +238,8 @@ class Graph:
             on: bool ``[num_edges]``.
 
         Returns:
-            Bool ``[num_writers]``: the writers some live reader reads; bool ``[num_readers]``: the inputs of those writers
-            (a key or value reader is live when any head of its group is), and the final read.
+            Bool ``[num_writers]``: the writers some live reader reads; bool ``[num_readers]``: the inputs of those
+            writers (a key or value reader is live when any head of its group is), and the final read.
         """
         writers, readers = np.zeros(self.num_writers, dtype=bool), np.zeros(self.num_readers, dtype=bool)
         for site in reversed(self.sites):
@@ -249,7 +249,7 @@ class Graph:
         return writers, readers
 
     def _owner_rows(self, site: Site, writers: np.ndarray) -> np.ndarray:
-        """For each reader of ``site``, whether a writer it feeds is in ``writers``, bool ``[num_readers of the site]``."""
+        """For each reader of ``site``, whether a writer it feeds is in ``writers``."""
         if site.name == FINAL_READ:
             return np.ones(1, dtype=bool)
         if site is self.mlp_site(site.layer):

@@ -45,8 +45,8 @@ def load_checkpoint(
     for name in sorted(set(found) | set(about)):
         if found.get(name) != json.loads(json.dumps(about.get(name))):
             raise InputError(
-                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, this run's is {about.get(name)!r}; "
-                "repeat the run's own settings or choose another --out"
+                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, "
+                f"this run's is {about.get(name)!r}; repeat the run's own settings or choose another --out"
             )
     try:
         with torch.no_grad():

@@ -145,8 +145,8 @@ class EdgePruning:
         for name, value in self.parameters.named_parameters():
             if not bool(torch.isfinite(value).all()):
                 raise RunError(
-                    f"step {self.step_number}: the update made log-alphas or multipliers ({name}) infinite or NaN; lower the "
-                    f"learning rate; {_kept(path)}"
+                    f"step {self.step_number}: the update made {name} log-alphas or multipliers infinite or NaN; "
+                    f"lower the learning rate; {_kept(path)}"
                 )
         history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(COLUMNS))
         save_checkpoint(path, self.parameters, self.optimizer, history, self.identity)
@@ -181,8 +181,8 @@ class EdgePruning:
             broken = [name for name in ("kl", "penalty", "edge_sparsity") if not math.isfinite(named[name])]
             if broken:
                 raise RunError(
-                    f"step {int(named['step'])}: {broken[0]} is {named[broken[0]]}; lower the learning rate or use a wider "
-                    f"dtype; {_kept(checkpoint)}"
+                    f"step {int(named['step'])}: {broken[0]} is {named[broken[0]]}; lower the learning rate or use a "
+                    f"wider dtype; {_kept(checkpoint)}"
                 )
         self.history += rows
 

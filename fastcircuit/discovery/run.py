@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery.discover import OnRound, discover
+from fastcircuit.discovery.discovery import OnRound, discover
 from fastcircuit.discovery.edge_pruning import Report
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError

@@ -24,7 +24,7 @@ class Settings:
         learning_rate_warmup: steps over which both rise linearly from 0; then they fall linearly to 0.
         sparsity_warmup: steps over which the targets rise to their final values.
         schedule: of the targets, ``linear`` or ``logarithmic``.
-        edge_target: final edge-sparsity target (may exceed 1); None: the sparsity of the circuit asked for.
+        edge_target: final edge-sparsity target (may exceed 1); None: one that suits the size asked for.
         node_masks: learn a mask per writer as well, as published; an edge is on when both are.
         node_target: final writer-sparsity target; None: no such term.
         silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published

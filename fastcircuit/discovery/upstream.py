@@ -1,6 +1,6 @@
 """Quirks of the published Edge Pruning code that change its numbers; used only with ``upstream_compat=True``.
 
-Three act during training (the joint clip norm, frozen embedding writers in Llama), two at the end (impossible edges that
+Two act during training (the joint clip norm, frozen embedding writers in Llama), two at the end (impossible edges that
 are stored, decay, and take part in the rounding; a writer count that leaves out the position embeddings).
 """
 
@@ -28,7 +28,7 @@ def detach_frozen_nodes(model: MaskedCausalLM, masks: Masks) -> Masks:
 
 
 def restore_frozen_nodes(parameters: MaskParameters) -> None:
-    """Without a writer loss that embedding writer has no gradient at all, so weight decay passes it by: it stays put."""
+    """Without a writer loss that embedding writer has no gradient at all: weight decay passes it by too."""
     if parameters.graph.embedding_nodes == "joint" and parameters.settings.node_target is None:
         with torch.no_grad():
             parameters.node[:1] = parameters.settings.initial_log_alpha
@@ -125,7 +125,7 @@ def _cut(log_alpha: Tensor) -> Tensor:
 
 
 def parameter_tensors(graph: Graph) -> Iterator[tuple[np.ndarray, int]]:
-    """Edges of every published parameter tensor (q, k, v of a layer, an MLP, the final read), and its impossible ones."""
+    """Edges of every published parameter tensor (q, k, v, an MLP, the final read), and how many impossible ones."""
     splits = (graph.num_heads, graph.num_kv_heads, graph.num_kv_heads)
     for site in graph.sites:
         edges = np.arange(site.first_edge, site.first_edge + site.num_edges).reshape(site.num_readers, site.num_writers)

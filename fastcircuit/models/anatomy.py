@@ -50,8 +50,8 @@ class Projection:
 def project(reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
     """Each projection of its own slice of ``reads`` ``[sum of heads, T, d]``, in order: ``[heads, T, d_head]`` each.
 
-    Equivalent to splitting ``reads`` and projecting the parts, but the gradient is written in place instead of being put
-    together from parts; weights get none.
+    Equivalent to splitting ``reads`` and projecting the parts, but the gradient is written in place instead of being
+    put together from parts; weights get none.
     """
     return _Project.apply(reads, projections)
 

@@ -117,7 +117,7 @@ class MaskedCausalLM(nn.Module):
         }
 
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[States, Tensor, Packing]:
-        """The unmasked model: what every writer wrote (``States`` over T packed tokens), and the final stream ``[T, d]``."""
+        """The unmasked model: what every writer wrote (over T packed tokens), and the final stream ``[T, d]``."""
         packing, token_ids = self._pack(input_ids, attention_mask)
         states, stream = run_unmasked(self.anatomy, token_ids, packing)
         return states, stream, packing
@@ -142,10 +142,10 @@ class MaskedCausalLM(nn.Module):
             input_ids: clean token ids, ``[B, S]``.
             attention_mask: ``[B, S]``, nonzero at real tokens; padding on the left or the right. Positions count from
                 each row's first real token, so padding never changes a logit.
-            corrupted_input_ids: what a removed edge carries is the run on these, ``[B, S]``, aligned with ``input_ids``.
+            corrupted_input_ids: removed edges carry the run on these, ``[B, S]``, aligned with ``input_ids``.
             masks: mask values; None: the unmasked model.
-            positions: where logits are wanted: bool ``[B, S]``, or int ``[B]`` or ``[B, P]``; None: everywhere (logits of
-                padding are 0).
+            positions: where logits are wanted: bool ``[B, S]``, or int ``[B]`` or ``[B, P]``; None: everywhere (logits
+                of padding are 0).
             ablated: what a removed edge carries, instead of ``corrupted_input_ids``: any :class:`States`.
 
         Returns:
@@ -172,7 +172,7 @@ class MaskedCausalLM(nn.Module):
         answers: Tensor,
         skip_zeros: bool = False,
     ) -> Tensor:
-        """The masked model's final read, before norm and unembedding, at packed tokens ``answers`` (no repeats): ``[N, d]``.
+        """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
 
         ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`).
         """

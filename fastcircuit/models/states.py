@@ -32,11 +32,11 @@ class States:
 
     def take(self, tokens: Tensor) -> "States":
         """The states of the given packed tokens, ``[N]``."""
-        picked = {
-            name: value if value.shape[1] == 1 else value.index_select(1, tokens)
-            for name, value in (("embeds", self.embeds), ("heads", self.heads), ("mlps", self.mlps))
-        }
-        return dataclasses.replace(self, **picked)
+        embeds, heads, mlps = (
+            value if value.shape[1] == 1 else value.index_select(1, tokens)
+            for value in (self.embeds, self.heads, self.mlps)
+        )
+        return States(embeds, heads, mlps, self.has_output_bias)
 
     def to(self, device: torch.device) -> "States":
         return dataclasses.replace(
@@ -103,7 +103,7 @@ def attend(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
+    """Rotary positions in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
     width = cos.shape[-1]
     part, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
     first, second = part.chunk(2, dim=-1)
@@ -118,7 +118,7 @@ def output_projection(attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple[States, Tensor]:
-    """The plain model on packed tokens ``[T]``: what every writer wrote, and the final stream ``[T, d]`` before the norm."""
+    """The plain model on packed tokens ``[T]``: what every writer wrote, and the final stream ``[T, d]``."""
     embeds = anatomy.embed(token_ids, packing.position_ids)
     rotary = None if anatomy.rotary is None else anatomy.rotary(packing.position_ids)
     stream = torch.stack(embeds).sum(0)

@@ -5,7 +5,7 @@ Writer j's row of the stream is ``D_j = y_j - y~_j``, clean minus ablated; a rea
     x_r = base_r + sum_j z_rj D_j          base_r = sum_j y~_j   (DESIGN: the one equation)
 
 Forward fills D block by block without building a graph. Backward walks the blocks in reverse: it recomputes a block
-from its reads (or takes up the graph that was kept), differentiates that block alone, and adds into one gradient buffer.
+from its reads (or takes up the graph that was kept), differentiates it alone, and adds into one gradient buffer.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,10 @@ class MaskedRun:
         embeds: clean outputs of the embedding tables, ``[E, T, d]``.
         ablated: what a removed edge carries.
         answers: packed tokens at which the final read is wanted, ``[N]``, without repeats.
-        recompute: recompute each block in backward (one block of activations alive) instead of keeping its graph; None: keep
-            graphs while they are estimated to fit in KEEP_BYTES.
-        skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change; the
-            gradient of a mask that is exactly 0 may be reported as 0, which it is for a clamped hard-concrete sample.
+        recompute: recompute each block in backward (one block of activations alive) instead of keeping its graph;
+            None: keep graphs while the readers' inputs take at most KEEP_BYTES.
+        skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change;
+            the gradient of a mask that is exactly 0 may be reported as 0, as a clamped hard-concrete sample's is.
         backend: which ``masked_read`` to use.
     """
 
@@ -230,9 +230,7 @@ class MaskedRun:
         del reads, out
         count = self.active.row(site.num_writers)
         weights = self.active.weights(site, mask)
-        grad = masked_read_backward_(
-            grad_reads, self.stream[:count], weights, grad_stream[:count], backend=self.backend
-        )
+        grad = _mask_gradient(grad_reads, self.stream[:count], weights, grad_stream[:count], backend=self.backend)
         self.active.store(site, grad_mask, grad)
 
     def _backward_final_read(self, mask: Tensor, grad_read: Tensor, grad_stream: Tensor, grad_mask: Tensor) -> None:
@@ -241,9 +239,16 @@ class MaskedRun:
         answers = self.stream.index_select(1, self.answers)
         grad_answers = torch.zeros_like(answers)
         weights = self.active.weights(site, mask)
-        grad = masked_read_backward_(grad_read[None].contiguous(), answers, weights, grad_answers, backend=self.backend)
+        grad = _mask_gradient(grad_read[None].contiguous(), answers, weights, grad_answers, self.backend)
         self.active.store(site, grad_mask, grad)
         grad_stream.index_copy_(1, self.answers, grad_answers)
+
+
+def _mask_gradient(grad_reads: Tensor, stream: Tensor, weights: Tensor, grad_stream: Tensor, backend: str) -> Tensor:
+    """Add to the stream's gradient in place; returns the mask's."""
+    grad = masked_read_backward_(grad_reads, stream, weights, grad_stream, backend=backend)
+    assert grad is not None
+    return grad
 
 
 def _take_heads(heads: Tensor, index: Tensor, num_heads: int) -> Tensor:
