@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import upstream
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
-from fastcircuit.discovery.refine import refine
+from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
@@ -25,7 +25,6 @@ from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
-OnRound = Callable[[int, float], None]
 METHODS = ("edge-pruning",)
 DEFAULT_SPARSITY = 0.95
 
@@ -81,7 +80,7 @@ def discover(
         settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
         checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
         on_report: called every few steps with a :class:`Report`.
-        on_round: called after every round of refinement with the number of rounds done and the training KL.
+        on_round: called after every round of refinement with the rounds done, the most there are, and the training KL.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.
@@ -120,15 +119,27 @@ def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | N
     return edges_for_sparsity(model.graph, sparsity)
 
 
+def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) -> Circuit:
+    """The circuit of ``num_edges`` edges: the surest ones; refined, the better of those and of what elimination leaves of
+    a few more, by training KL, after swaps.
+    """
+    graph, settings, scores = run.model.graph, run.settings, run.parameters.scores()
+    if not settings.refine:
+        return top_circuit(graph, scores, num_edges, settings.ablation)
+    refiner = Refiner(run.reference, on_round=on_round)
+    more = min(graph.num_edges, num_edges + settings.refine_surplus)
+    surest, larger = (top_circuit(graph, scores, size, settings.ablation) for size in (num_edges, more))
+    left = refiner.eliminate(larger, num_edges)
+    return refiner.swap(min(surest, left, key=refiner.kl), settings.refine_swaps)
+
+
 def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:
     settings, parameters = run.settings, run.parameters
     if settings.upstream_compat:
         circuit = upstream.published_circuit(parameters, num_edges)
     else:
         assert num_edges is not None
-        circuit = top_circuit(run.model.graph, parameters.scores(), num_edges, settings.ablation)
-    if settings.refine_rounds:
-        circuit = refine(run.reference, circuit, settings.refine_rounds, on_round=on_round)
+        circuit = _best_of_size(run, num_edges, on_round)
     circuit = dataclasses.replace(
         circuit,
         model=run.model.about,

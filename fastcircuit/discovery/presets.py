@@ -17,7 +17,7 @@ _PUBLISHED = Settings(
     sparsity_estimate="sampled",
     weight_decay=0.01,
     clip_norm=1.0,
-    refine_rounds=0,
+    refine=False,
     upstream_compat=True,
 )
 

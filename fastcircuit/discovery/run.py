@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery.discovery import OnRound, discover
+from fastcircuit.discovery.discovery import discover
 from fastcircuit.discovery.edge_pruning import Report
+from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import evaluate

@@ -34,7 +34,9 @@ class Settings:
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
         weight_decay: of AdamW, on log-alphas and multipliers.
         clip_norm: gradients are scaled down to this joint norm; None: not clipped.
-        refine_rounds: rounds of edge swaps on the finished circuit (see ``refine.py``); 0: none.
+        refine: finish by measured elimination and swaps (see ``refine.py``); False: the surest edges as they are.
+        refine_surplus: elimination starts from this many edges more than asked for.
+        refine_swaps: rounds of swaps after it.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         upstream_compat: reproduce the published code's numerics, quirks included.
         seed: of everything random.
@@ -56,7 +58,9 @@ class Settings:
     linear_term: bool = True
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0
-    refine_rounds: int = 100
+    refine: bool = True
+    refine_surplus: int = 32
+    refine_swaps: int = 50
     ablation: Ablation = "interchange"
     output_bias: str = "split"
     upstream_compat: bool = False
@@ -66,8 +70,10 @@ class Settings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.refine_rounds < 0:
-            raise InputError(f"refine_rounds is {self.refine_rounds}; it must be 0 or more")
+        if self.refine_surplus < 0 or self.refine_swaps < 0:
+            raise InputError(
+                f"refine_surplus is {self.refine_surplus} and refine_swaps {self.refine_swaps}; both must be 0 or more"
+            )
         for name in ("learning_rate", "multiplier_learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")

@@ -9,7 +9,7 @@ import torch
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.edge_pruning import EdgePruning
-from fastcircuit.discovery.refine import refine
+from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.faithfulness import mean_kl
@@ -20,7 +20,15 @@ from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Pair, Task
 from tests.models.tiny import tiny_model
 
-QUICK = Settings(steps=24, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=16, refine_rounds=6)
+QUICK = Settings(
+    steps=24,
+    batch_size=4,
+    learning_rate=0.3,
+    learning_rate_warmup=2,
+    sparsity_warmup=16,
+    refine_surplus=4,
+    refine_swaps=4,
+)
 
 
 def make_task(num=10, vocabulary=41, seed=0):
@@ -176,12 +184,25 @@ def test_refining_lowers_the_training_kl_and_keeps_the_size(model, ablation):
     scores = np.random.default_rng(0).normal(size=model.graph.num_edges)
     circuit = top_circuit(model.graph, scores, 40, ablation)
     rounds = []
-    refined = refine(reference, circuit, 30, on_round=lambda number, kl: rounds.append(kl))
+    refined = Refiner(reference, on_round=lambda done, most, kl: rounds.append(kl)).swap(circuit, 30)
     before, after = (mean_kl(reference, Masks.from_circuit(each)) for each in (circuit, refined))
     assert after < 0.9 * before
     assert refined.num_edges == 40
     assert rounds == sorted(rounds, reverse=True)
     assert rounds[-1] == pytest.approx(after, rel=1e-4)
+
+
+def test_elimination_is_the_greedy_one(model):
+    reference = Reference(model, make_task().split("train"))
+    refiner = Refiner(reference)
+    circuit = top_circuit(model.graph, np.random.default_rng(1).normal(size=model.graph.num_edges), 12)
+    left = refiner.eliminate(circuit, 11)
+    without = [
+        Circuit(model.graph, circuit.keep & (np.arange(len(circuit.keep)) != e)).pruned()
+        for e in np.flatnonzero(circuit.keep)
+    ]
+    assert refiner.kl(left) == min(refiner.kl(each) for each in without if each.num_edges == 11)
+    assert refiner.eliminate(circuit, 5).num_edges == 5
 
 
 BAD_CALLS = {
