@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fastcircuit.errors import InputError, RunError
 
 
@@ -28,9 +30,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(
-            f"cannot write {target}: {error.strerror or error}; free some space or choose another --out"
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}; free some space or choose another --out"
         ) from error
     finally:
         if temporary is not None:
