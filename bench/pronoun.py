@@ -1,7 +1,7 @@
 """Edge Pruning on the 212 pronoun pairs, at the sizes the published code was run at: ``python -m bench.pronoun``.
 
-Prints, per number of edges, test KL and accuracy (mean and standard deviation over seeds) beside the published code's on
-the same pairs, and the seconds of a run; appends the runs to bench/results/pronoun_212.csv.
+Prints, per number of edges, test KL and accuracy (mean and deviation over seeds) beside the published code's on the
+same pairs, and the seconds of a run; appends the runs to bench/results/pronoun_212.csv.
 """
 
 import csv
@@ -37,7 +37,8 @@ def main() -> None:
             file.flush()
             kl, accuracy, seconds = ([run[name] for run in runs] for name in ("kl", "accuracy", "seconds"))
             print(
-                f"{edges:4} edges: KL {statistics.mean(kl):.3f} +- {statistics.stdev(kl):.3f} (published {published_kl}), "
+                f"{edges:4} edges: KL {statistics.mean(kl):.3f} +- {statistics.stdev(kl):.3f} "
+                f"(published {published_kl}), "
                 f"accuracy {statistics.mean(accuracy):.3f} (published {published_accuracy}), "
                 f"{statistics.median(seconds):.0f} s",
                 flush=True,

@@ -120,8 +120,8 @@ def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | N
 
 
 def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) -> Circuit:
-    """The circuit of ``num_edges`` edges: the surest ones; refined, the better of those and of what elimination leaves of
-    a few more, by training KL, after swaps.
+    """The surest ``num_edges`` edges; refined, the better, by training KL, of those and of what elimination leaves of a
+    few more, after swaps.
     """
     graph, settings, scores = run.model.graph, run.settings, run.parameters.scores()
     if not settings.refine:
