@@ -27,6 +27,7 @@ from fastcircuit.tasks.task import Task
 
 METHODS = ("edge-pruning",)
 DEFAULT_SPARSITY = 0.95
+MOST_TO_ELIMINATE = 64
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
     refiner = Refiner(run.reference, on_round=on_round)
     more = min(graph.num_edges, num_edges + settings.refine_surplus)
     surest, larger = (top_circuit(graph, scores, size, settings.ablation) for size in (num_edges, more))
-    left = refiner.eliminate(larger, num_edges)
-    return refiner.swap(min(surest, left, key=refiner.kl), settings.refine_swaps)
+    if num_edges <= MOST_TO_ELIMINATE:
+        surest = min(surest, refiner.eliminate(larger, num_edges), key=refiner.kl)
+    return refiner.swap(surest, settings.refine_swaps)
 
 
 def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:

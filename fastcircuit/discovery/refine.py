@@ -24,7 +24,7 @@ from fastcircuit.masks import Masks
 
 MOST_EXAMPLES = 256
 MOST_SWAPS = 8
-BATCH_SIZE = 64
+BATCH_SIZE = 256
 
 OnRound = Callable[[int, int, float], None]
 

@@ -35,19 +35,20 @@ class Settings:
         weight_decay: of AdamW, on log-alphas and multipliers.
         clip_norm: gradients are scaled down to this joint norm; None: not clipped.
         refine: finish by measured elimination and swaps (see ``refine.py``); False: the surest edges as they are.
-        refine_surplus: elimination starts from this many edges more than asked for.
+        refine_surplus: elimination starts from this many edges more than asked for (circuits up to 64 edges only: its cost
+            grows with their number).
         refine_swaps: rounds of swaps after it.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         upstream_compat: reproduce the published code's numerics, quirks included.
         seed: of everything random.
     """
 
-    steps: int = 1000
-    batch_size: int = 32
+    steps: int = 600
+    batch_size: int = 16
     learning_rate: float = 0.8
     multiplier_learning_rate: float = 0.8
-    learning_rate_warmup: int = 130
-    sparsity_warmup: int = 830
+    learning_rate_warmup: int = 80
+    sparsity_warmup: int = 500
     schedule: str = "linear"
     edge_target: float | None = None
     node_masks: bool = True
@@ -59,7 +60,7 @@ class Settings:
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0
     refine: bool = True
-    refine_surplus: int = 32
+    refine_surplus: int = 24
     refine_swaps: int = 50
     ablation: Ablation = "interchange"
     output_bias: str = "split"

@@ -60,6 +60,7 @@ class MaskedCausalLM(nn.Module):
         self.recompute = recompute
         self.backend = backend
         self.name: str | None = model.config.name_or_path or None
+        self._anatomy: tuple[tuple[int, torch.device, torch.dtype], Anatomy] | None = None
 
     @classmethod
     def from_pretrained(
@@ -102,8 +103,11 @@ class MaskedCausalLM(nn.Module):
 
     @property
     def anatomy(self) -> Anatomy:
-        """The parts of the model, as views of its current weights."""
-        return ARCHITECTURES[self.config.model_type](self.model)
+        """The parts of the model, as views of its current weights (new ones when the weights have moved)."""
+        place = next(self.model.parameters()).data_ptr(), self.device, self.dtype
+        if self._anatomy is None or self._anatomy[0] != place:
+            self._anatomy = place, ARCHITECTURES[self.config.model_type](self.model)
+        return self._anatomy[1]
 
     @property
     def about(self) -> dict[str, Any]:

@@ -165,15 +165,14 @@ class MaskedRun:
 
     def _attention(self, layer: int, block: Block) -> Callable[[Tensor], Tensor]:
         """Reads of the live readers, ``[n, T, d]``, to the live heads' outputs, ``[T, live heads * d_head]``."""
-        attention, head_to_kv = block.attention, None
-        if not self.active.everything:
-            live = self.active.heads(layer)
-            groups, head_to_kv = torch.unique(
-                live // (self.graph.num_heads // self.graph.num_kv_heads), return_inverse=True
-            )
-            attention = attention.take(live, groups)
 
         def run(reads: Tensor) -> Tensor:
+            attention, head_to_kv = block.attention, None
+            if not self.active.everything:
+                live = self.active.heads(layer)
+                group = self.graph.num_heads // self.graph.num_kv_heads
+                groups, head_to_kv = torch.unique(live // group, return_inverse=True)
+                attention = attention.take(live, groups)
             projected = project(attention.norm(reads), attention.projections)
             return attend(attention, projected, self.rotary, self.packing, self.anatomy.causal, head_to_kv)
 
