@@ -28,10 +28,8 @@ class Shape:
 
     def least_bytes(self, direction: str, itemsize: int) -> int:
         """What must move if every operand is touched once: the floor no implementation gets below."""
-        if direction == "forward":
-            rows = self.writers + self.readers + 1
-        else:
-            rows = self.readers + 3 * self.writers  # grad_reads, stream, grad_stream read and written
+        # Backward: grad_reads and the stream are read, grad_stream is read and written.
+        rows = self.writers + self.readers + 1 if direction == "forward" else self.readers + 3 * self.writers
         return rows * self.columns * itemsize
 
 
