@@ -52,7 +52,7 @@ void run_backward(int isa, int threads, int dtype, int mask_dtype, int grad_stre
   p.mask = reinterpret_cast<const void*>(mask);
   p.mask_stride_reader = mask_stride_reader, p.mask_stride_writer = mask_stride_writer;
   p.grad_stream = reinterpret_cast<void*>(grad_stream), p.grad_stream_stride = grad_stream_stride;
-  p.accumulate = accumulate, p.grad_mask = reinterpret_cast<double*>(grad_mask);
+  p.accumulate = accumulate, p.grad_mask = reinterpret_cast<void*>(grad_mask);
   masked_read_backward(p);
 }
 

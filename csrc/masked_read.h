@@ -33,8 +33,8 @@ struct BackwardParams {
   int64_t mask_stride_reader, mask_stride_writer;
   void* grad_stream;  // null: not wanted
   int64_t grad_stream_stride;
-  bool accumulate;      // add to grad_stream instead of overwriting it
-  double* grad_mask;    // [readers, writers]; null: not wanted
+  bool accumulate;  // add to grad_stream instead of overwriting it
+  void* grad_mask;  // contiguous [readers, writers] in mask_dtype; null: not wanted
   int threads;
   Isa isa;
 };

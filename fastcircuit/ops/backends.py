@@ -58,11 +58,17 @@ def choose(op: str, backend: str, *tensors: Tensor | None) -> Callable:
 
 
 def _best(op: str, tensors: tuple[Tensor | None, ...]) -> ModuleType:
-    device = next(t.device.type for t in tensors if t is not None)
-    for name in _PREFERENCE.get(device, ()):
-        if not unsupported_reasons(op, name, *tensors):
-            return launcher(name)
+    first = tensors[0]
+    assert first is not None
+    for module in _usable(first.device.type):
+        if hasattr(module, op) and not module.unsupported(op, *tensors):
+            return module
     return launcher("reference")
+
+
+@functools.cache
+def _usable(device: str) -> tuple[ModuleType, ...]:
+    return tuple(launcher(name) for name in _PREFERENCE.get(device, ()) if missing_reason(name) is None)
 
 
 def available_backends() -> dict[str, str | None]:

@@ -138,7 +138,7 @@ def _backward(
     writers, tokens, width = stream.shape
     if not grad_reads.is_contiguous():
         grad_reads = grad_reads.contiguous()
-    sums = torch.empty(mask.shape, dtype=torch.float64) if needs_mask_grad else None
+    grad_mask = mask.new_empty(mask.shape) if needs_mask_grad else None
     _C.masked_read_backward(  # type: ignore[union-attr]
         _isa,
         torch.get_num_threads(),
@@ -156,9 +156,9 @@ def _backward(
         0 if grad_stream is None else grad_stream.data_ptr(),
         0 if grad_stream is None else grad_stream.stride(0),
         accumulate,
-        0 if sums is None else sums.data_ptr(),
+        0 if grad_mask is None else grad_mask.data_ptr(),
     )
-    return None if sums is None else sums.to(mask.dtype)
+    return grad_mask
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
