@@ -414,10 +414,10 @@ def test_cuda_without_a_device(shelf, run):
 
 @pytest.fixture
 def full_disk(tmp_path):
-    """A directory on a file system of 8 KiB."""
+    """A directory on a file system of 4 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
     yield disk
