@@ -1,4 +1,4 @@
-"""Edge Pruning on the 212 pronoun pairs, at the sizes the published code was run at: ``python -m bench.pronoun``.
+"""Edge Pruning on the 212 pronoun pairs, at the published code's sizes: ``python -m bench.pronoun [EDGES ...]``.
 
 Prints, per number of edges, test KL and accuracy (mean and deviation over seeds) beside the published code's on the
 same pairs, and the seconds of a run; appends the runs to bench/results/pronoun_212.csv.
@@ -6,6 +6,7 @@ same pairs, and the seconds of a run; appends the runs to bench/results/pronoun_
 
 import csv
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def main() -> None:
         rows = csv.DictWriter(file, COLUMNS)
         if new:
             rows.writeheader()
-        for edges, (published_kl, published_accuracy) in PUBLISHED.items():
+        for edges in [int(size) for size in sys.argv[1:]] or list(PUBLISHED):
+            published_kl, published_accuracy = PUBLISHED[edges]
             runs = [_run(model, task, edges, seed) for seed in SEEDS]
             rows.writerows(runs)
             file.flush()

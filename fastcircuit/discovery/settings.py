@@ -43,12 +43,12 @@ class Settings:
         seed: of everything random.
     """
 
-    steps: int = 600
+    steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 0.8
     multiplier_learning_rate: float = 0.8
-    learning_rate_warmup: int = 80
-    sparsity_warmup: int = 500
+    learning_rate_warmup: int = 130
+    sparsity_warmup: int = 830
     schedule: str = "linear"
     edge_target: float | None = None
     node_masks: bool = True
