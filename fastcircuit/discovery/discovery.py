@@ -27,7 +27,7 @@ from fastcircuit.tasks.task import Task
 
 METHODS = ("edge-pruning",)
 DEFAULT_SPARSITY = 0.95
-MOST_TO_ELIMINATE = 64
+MOST_TO_ELIMINATE = 256
 
 
 @dataclass(frozen=True)

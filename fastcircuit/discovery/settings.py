@@ -35,7 +35,7 @@ class Settings:
         weight_decay: of AdamW, on log-alphas and multipliers.
         clip_norm: gradients are scaled down to this joint norm; None: not clipped.
         refine: finish by measured elimination and swaps (see ``refine.py``); False: the surest edges as they are.
-        refine_surplus: elimination starts from this many edges more than asked for (for circuits up to 64 edges; its
+        refine_surplus: elimination starts from this many edges more than asked for (for circuits up to 256 edges; its
             cost grows with their number).
         refine_swaps: rounds of swaps after it.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
