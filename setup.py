@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -21,9 +21,8 @@ VARIANTS["avx512"] = (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"
 
 def compiler() -> list[str]:
     """The C++ compiler: $CXX, or the first one on the path."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    return [next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")]
+    found = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), "c++")
+    return shlex.split(os.environ.get("CXX") or found)
 
 
 def compiles(cxx: list[str], flags: list[str], work: Path) -> str | None:
@@ -46,9 +45,11 @@ def ninja_rules(cxx: list[str], openmp: list[str], target: Path) -> str:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     variants = VARIANTS if x86 else {"portable": VARIANTS["portable"]}
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    jobs = {"bindings": ("bindings", include), "masked_read": ("masked_read", [])}
-    for name, (size, flags) in variants.items():
-        jobs[f"kernels_{name}"] = ("masked_read_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
+    jobs = {"bindings": ("bindings", include)}
+    for op in ("masked_read", "rms_norm"):
+        jobs[op] = (op, [])
+        for name, (size, flags) in variants.items():
+            jobs[f"{op}_{name}"] = (f"{op}_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
     shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else [])]
     lines = ["ninja_required_version = 1.5"]
     lines += [f"rule cc\n  command = {shlex.join([*cxx, *shared])} $flags -MMD -MF $out.d -c $in -o $out"]
@@ -67,23 +68,35 @@ class NinjaBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         work = Path(self.build_temp).resolve() / extension.name
-        for folder in (work, target.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         cxx = compiler()
         note = compiles(cxx, [], work)
         if note is None:
+            import ninja
+
             missing_openmp = compiles(cxx, ["-fopenmp"], work)
             note = f"no OpenMP, so one thread only: {missing_openmp}" if missing_openmp else ""
             (work / "build.ninja").write_text(ninja_rules(cxx, [] if missing_openmp else ["-fopenmp"], target))
-            import ninja
-
             subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
+        else:
+            target.unlink(missing_ok=True)
         (target.parent / NOTE).write_text(note)
         self.announce(f"fastcircuit: {note or 'native kernels built'}", level=2)
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        shutil.copy(Path(self.build_lib) / "fastcircuit" / NOTE, ROOT / "fastcircuit" / NOTE)
+
     def get_outputs(self) -> list[str]:
         built = [Path(self.get_ext_fullpath(e.name)) for e in self.extensions]
-        return [str(p) for b in built for p in (b, b.parent / NOTE) if p.exists()]
+        return [str(p) for b in built for p in (b, b.with_name(NOTE)) if p.exists()]
 
 
-setup(ext_modules=[Extension("fastcircuit._C", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
+setup(
+    # kernels/ has no __init__.py on purpose: a package named "kernels" on the path would break transformers.
+    packages=[*find_packages(include=["fastcircuit*"]), "fastcircuit_kernels"],
+    package_dir={"fastcircuit_kernels": "kernels"},
+    ext_modules=[Extension("fastcircuit._C", sources=[], optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
+)

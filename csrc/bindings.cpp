@@ -4,10 +4,12 @@
 
 #include <initializer_list>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "isa.h"
 #include "masked_read.h"
+#include "rms_norm.h"
 
 namespace py = pybind11;
 using namespace fastcircuit;
@@ -15,6 +17,13 @@ using namespace fastcircuit;
 namespace {
 
 const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+
+// How many rows follow each other, the distance between such groups, and between the rows of one.
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+RowView row_view(uintptr_t data, const Strides& strides) {
+  return {reinterpret_cast<const void*>(data), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+}
 
 void run_read(int isa, int threads, int dtype, int mask_dtype, int64_t readers, int64_t writers, int64_t columns,
           uintptr_t stream, int64_t stream_stride, uintptr_t mask, int64_t mask_stride_reader,
@@ -43,8 +52,30 @@ void run_backward(int isa, int threads, int dtype, int mask_dtype, int grad_stre
   p.mask = reinterpret_cast<const void*>(mask);
   p.mask_stride_reader = mask_stride_reader, p.mask_stride_writer = mask_stride_writer;
   p.grad_stream = reinterpret_cast<void*>(grad_stream), p.grad_stream_stride = grad_stream_stride;
-  p.accumulate = accumulate, p.grad_mask = reinterpret_cast<double*>(grad_mask);
+  p.accumulate = accumulate, p.grad_mask = reinterpret_cast<void*>(grad_mask);
   masked_read_backward(p);
+}
+
+void run_rms_norm(int isa, int threads, int dtype, int64_t rows, int64_t width, uintptr_t x, const Strides& x_strides,
+                  uintptr_t weight, double eps, uintptr_t y) {
+  RmsNormParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype);
+  p.rows = rows, p.width = width, p.eps = eps;
+  p.x = row_view(x, x_strides), p.weight = reinterpret_cast<const void*>(weight);
+  p.y = reinterpret_cast<void*>(y);
+  rms_norm(p);
+}
+
+void run_rms_norm_backward(int isa, int threads, int dtype, int64_t rows, int64_t width, uintptr_t grad,
+                           const Strides& grad_strides, uintptr_t x, const Strides& x_strides, uintptr_t weight,
+                           double eps, uintptr_t grad_x) {
+  RmsNormParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype);
+  p.rows = rows, p.width = width, p.eps = eps;
+  p.grad = row_view(grad, grad_strides), p.x = row_view(x, x_strides);
+  p.weight = reinterpret_cast<const void*>(weight);
+  p.grad_x = reinterpret_cast<void*>(grad_x);
+  rms_norm_backward(p);
 }
 
 std::vector<std::string> runnable_isas() {
@@ -60,6 +91,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled CPU kernels of fastcircuit.";
   module.def("masked_read", &run_read, py::call_guard<py::gil_scoped_release>());
   module.def("masked_read_backward", &run_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("rms_norm", &run_rms_norm, py::call_guard<py::gil_scoped_release>());
+  module.def("rms_norm_backward", &run_rms_norm_backward, py::call_guard<py::gil_scoped_release>());
   module.def("runnable_isas", &runnable_isas, "Instruction sets this machine can run, slowest first.");
 #ifdef _OPENMP
   module.attr("openmp") = true;

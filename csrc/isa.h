@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "masked_read.h"
+#include "types.h"
 
 namespace fastcircuit {
 

@@ -9,6 +9,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "isa.h"
 
@@ -18,6 +21,7 @@ namespace {
 constexpr int64_t kAlign = 64;
 // Below this many multiply-adds a thread costs more to wake than it saves.
 constexpr int64_t kWorkPerThread = 1 << 16;
+constexpr int kRangesPerThread = 8;
 
 struct Buffer {
   explicit Buffer(int64_t bytes) : data(::operator new(std::max<int64_t>(bytes, 1), std::align_val_t(kAlign))) {}
@@ -38,6 +42,21 @@ const Kernels& kernels_for(Isa isa, Dtype stream, Dtype grad_stream) {
   return portable::kernels(stream, grad_stream);
 }
 
+// A large result is usually fresh memory, and its first touch, page by page, can cost more than the arithmetic.
+void ask_for_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr int64_t kHuge = 2 << 20;
+  const int64_t begin = round_up(reinterpret_cast<intptr_t>(data), kHuge);
+  const int64_t end = (reinterpret_cast<intptr_t>(data) + bytes) / kHuge * kHuge;
+  // Advice only: a kernel that refuses it leaves ordinary pages.
+  if (end - begin >= kHuge) (void)madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+int64_t item_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 double mask_value(const void* mask, Dtype dtype, int64_t at) {
   if (dtype == Dtype::f64) return static_cast<const double*>(mask)[at];
   if (dtype == Dtype::f32) return static_cast<const float*>(mask)[at];
@@ -45,6 +64,20 @@ double mask_value(const void* mask, Dtype dtype, int64_t at) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+void set_mask_value(void* mask, Dtype dtype, int64_t at, double value) {
+  if (dtype == Dtype::f64) {
+    static_cast<double*>(mask)[at] = value;
+  } else if (dtype == Dtype::f32) {
+    static_cast<float*>(mask)[at] = float(value);
+  } else {
+    const float narrow = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, sizeof bits);
+    const bool is_nan = narrow != narrow;
+    static_cast<uint16_t*>(mask)[at] = is_nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
 }
 
 // panels[block][inner][row of the block]: blocks of `panel_rows` of the outer index, the last one narrower.
@@ -77,25 +110,38 @@ int useful_threads(int asked, int64_t work, int64_t tiles) {
 #endif
 }
 
-// Calls body(thread, begin, end) once per thread with consecutive ranges that start at multiples of `tile`.
+int this_thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// More ranges than threads, so that a thread the machine holds up does not hold up the others.
+int range_count(int threads, int64_t tiles) {
+  return threads == 1 ? 1 : int(std::min<int64_t>(tiles, int64_t(threads) * kRangesPerThread));
+}
+
+// Calls body(range, thread, begin, end) for consecutive ranges of the columns that start at multiples of `tile`.
 template <class Body>
-void for_column_ranges(int threads, int64_t columns, int64_t tile, const Body& body) {
+void for_column_ranges(int threads, int ranges, int64_t columns, int64_t tile, const Body& body) {
   const int64_t tiles = (columns + tile - 1) / tile;
-  const auto run = [&](int64_t thread) {
-    const int64_t begin = tiles * thread / threads * tile;
-    const int64_t end = std::min(columns, tiles * (thread + 1) / threads * tile);
-    if (begin < end) body(thread, begin, end);
+  const auto run = [&](int64_t range) {
+    const int64_t begin = tiles * range / ranges * tile;
+    const int64_t end = std::min(columns, tiles * (range + 1) / ranges * tile);
+    if (begin < end) body(range, this_thread(), begin, end);
   };
-  if (threads == 1) return run(0);
-  // A team smaller than asked for still covers every range.
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t thread = 0; thread < threads; ++thread) run(thread);
+  if (threads == 1) return body(0, 0, 0, columns);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t range = 0; range < ranges; ++range) run(range);
 }
 
 }  // namespace
 
 void masked_read(const ReadParams& p) {
   if (p.readers == 0 || p.columns == 0) return;
+  ask_for_huge_pages(p.reads, p.readers * p.reads_stride * item_bytes(p.dtype));
   const Kernels& k = kernels_for(p.isa, p.dtype, p.dtype);
   const bool wide = p.dtype == Dtype::f64;
   const Buffer panels(p.readers * p.writers * int64_t(sizeof(double)));
@@ -105,15 +151,20 @@ void masked_read(const ReadParams& p) {
   const int threads = useful_threads(p.threads, p.readers * (p.writers + 1) * p.columns, tiles);
   const int64_t size = round_up(k.read_scratch(p), kAlign);
   const Buffer scratch(size * threads);
-  for_column_ranges(threads, p.columns, k.tile_columns, [&](int64_t thread, int64_t begin, int64_t end) {
+  const int ranges = range_count(threads, tiles);
+  for_column_ranges(threads, ranges, p.columns, k.tile_columns, [&](int64_t, int thread, int64_t begin, int64_t end) {
     k.read(p, panels.data, static_cast<char*>(scratch.data) + thread * size, begin, end);
   });
 }
 
 void masked_read_backward(const BackwardParams& p) {
   const int64_t pairs = p.readers * p.writers;
-  if (p.grad_mask) std::fill(p.grad_mask, p.grad_mask + pairs, 0.0);
-  if (p.writers == 0 || p.columns == 0) return;
+  if (p.writers == 0 || p.columns == 0) {
+    for (int64_t i = 0; p.grad_mask && i < pairs; ++i) set_mask_value(p.grad_mask, p.mask_dtype, i, 0.0);
+    return;
+  }
+  if (p.grad_stream && !p.accumulate)
+    ask_for_huge_pages(p.grad_stream, p.writers * p.grad_stream_stride * item_bytes(p.grad_stream_dtype));
   const Kernels& k = kernels_for(p.isa, p.dtype, p.grad_stream_dtype);
   const bool wide = p.dtype == Dtype::f64;
   const Buffer panels(pairs * int64_t(sizeof(double)));
@@ -124,16 +175,21 @@ void masked_read_backward(const BackwardParams& p) {
   const int64_t size = round_up(k.backward_scratch(p), kAlign);
   const Buffer scratch(size * threads);
   const int64_t sums_size = round_up(pairs, kAlign);
-  const Buffer sums(p.grad_mask ? sums_size * threads * int64_t(sizeof(double)) : 0);
+  const int ranges = range_count(threads, tiles);
+  const Buffer sums(p.grad_mask ? sums_size * ranges * int64_t(sizeof(double)) : 0);
   double* const partial = p.grad_mask ? static_cast<double*>(sums.data) : nullptr;
-  if (partial) std::fill(partial, partial + sums_size * threads, 0.0);
-  for_column_ranges(threads, p.columns, k.tile_columns, [&](int64_t thread, int64_t begin, int64_t end) {
+  if (partial) std::fill(partial, partial + sums_size * ranges, 0.0);
+  const auto body = [&](int64_t range, int thread, int64_t begin, int64_t end) {
     k.backward(p, panels.data, static_cast<char*>(scratch.data) + thread * size,
-               partial ? partial + thread * sums_size : nullptr, begin, end);
-  });
-  // Always in the order of the threads, so that the same thread count gives the same bits.
-  for (int thread = 0; partial && thread < threads; ++thread)
-    for (int64_t i = 0; i < pairs; ++i) p.grad_mask[i] += partial[thread * sums_size + i];
+               partial ? partial + range * sums_size : nullptr, begin, end);
+  };
+  for_column_ranges(threads, ranges, p.columns, k.tile_columns, body);
+  // Always in the order of the columns, whoever computed them: the same thread count gives the same bits.
+  for (int64_t i = 0; partial && i < pairs; ++i) {
+    double sum = 0.0;
+    for (int range = 0; range < ranges; ++range) sum += partial[range * sums_size + i];
+    set_mask_value(p.grad_mask, p.mask_dtype, i, sum);
+  }
 }
 
 }  // namespace fastcircuit

@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
+#include "types.h"
+
 namespace fastcircuit {
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2 };
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
 // Strides are in elements. Rows are contiguous; only the distance between them is free.
 struct ReadParams {
@@ -38,8 +33,8 @@ struct BackwardParams {
   int64_t mask_stride_reader, mask_stride_writer;
   void* grad_stream;  // null: not wanted
   int64_t grad_stream_stride;
-  bool accumulate;      // add to grad_stream instead of overwriting it
-  double* grad_mask;    // [readers, writers]; null: not wanted
+  bool accumulate;  // add to grad_stream instead of overwriting it
+  void* grad_mask;  // contiguous [readers, writers] in mask_dtype; null: not wanted
   int threads;
   Isa isa;
 };

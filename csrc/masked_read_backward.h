@@ -15,23 +15,27 @@ constexpr int kDotReaders = 4, kDotWriters = 3;
 constexpr int kDotReaders = 2, kDotWriters = 4;
 #endif
 
+constexpr int64_t kMostLinesPerStep = 4;
+constexpr int64_t kGradReadsBytes = 192 * 1024;
+
 // Columns of a tile: wide enough that summing lanes at its end is cheap, narrow enough that grad_reads stays near.
 template <class A>
 int64_t wide_tile(int64_t readers) {
   int64_t tiles = 4;
-  while (tiles < 32 && 2 * tiles * kTile<A> * readers * int64_t(sizeof(A)) <= 96 * 1024) tiles *= 2;
+  while (tiles < 32 && 2 * tiles * kTile<A> * readers * int64_t(sizeof(A)) <= kGradReadsBytes) tiles *= 2;
   return tiles * kTile<A>;
 }
 
 // g[Rows, kTile] (+)= z[R, Rows]^T x[R, kTile]
 template <class G, int Rows, class A = typename Traits<G>::Accumulate>
-FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t stride, bool accumulate) {
+FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t stride, bool accumulate, Prefetch& prefetch) {
   constexpr int kLanes = Simd<A>::kLanes;
   Vec<A> acc[Rows][kVecs];
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVecs; ++v)
       acc[i][v] = accumulate ? Traits<G>::load(g + i * stride + v * kLanes) : Vec<A>{};
   for (int64_t r = 0; r < readers; ++r) {
+    prefetch.step();
     Vec<A> d[kVecs];
     for (int v = 0; v < kVecs; ++v) d[v] = Traits<A>::load(x + r * kTile<A> + v * kLanes);
     for (int i = 0; i < Rows; ++i) {
@@ -45,11 +49,11 @@ FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t 
 
 template <class G, int Rows = kRows, class A = typename Traits<G>::Accumulate>
 FC_INLINE void grad_tile_rows(int64_t rows, const A* z, const A* x, int64_t readers, G* g, int64_t stride,
-                              bool accumulate) {
+                              bool accumulate, Prefetch& prefetch) {
   if (rows == Rows) {
-    grad_tile<G, Rows>(z, x, readers, g, stride, accumulate);
+    grad_tile<G, Rows>(z, x, readers, g, stride, accumulate, prefetch);
   } else if constexpr (Rows > 1) {
-    grad_tile_rows<G, Rows - 1>(rows, z, x, readers, g, stride, accumulate);
+    grad_tile_rows<G, Rows - 1>(rows, z, x, readers, g, stride, accumulate, prefetch);
   }
 }
 
@@ -57,13 +61,17 @@ FC_INLINE void grad_tile_rows(int64_t rows, const A* z, const A* x, int64_t read
 // first `writers` of them are kept; the others repeat a row that exists.
 template <class S, int Readers, class A = typename Traits<S>::Accumulate>
 FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride, int64_t writers, int64_t tiles,
-                         double* sums, int64_t sums_stride) {
+                         double* sums, int64_t sums_stride, Prefetch& prefetch) {
   constexpr int kLanes = Simd<A>::kLanes;
   const S* rows[kDotWriters];
   for (int j = 0; j < kDotWriters; ++j) rows[j] = d + (j < writers ? j : 0) * stride;
-  Vec<A> acc[Readers][kDotWriters] = {};
+  Vec<A> acc[Readers][kDotWriters];
+  for (int i = 0; i < Readers; ++i)
+    for (int j = 0; j < kDotWriters; ++j) acc[i][j] = Vec<A>{};
   for (int64_t t = 0; t < tiles; ++t) {
+#pragma GCC unroll 1
     for (int v = 0; v < kVecs; ++v) {
+      prefetch.step();
       Vec<A> xi[Readers];
       for (int i = 0; i < Readers; ++i) xi[i] = Traits<A>::load(x + (t * readers + i) * kTile<A> + v * kLanes);
       for (int j = 0; j < kDotWriters; ++j) {
@@ -72,20 +80,25 @@ FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride
       }
     }
   }
+  // Through memory on purpose: an index that is not a constant would keep the sums out of registers above.
+  A lanes[Readers][kDotWriters][kLanes];
   for (int i = 0; i < Readers; ++i)
-    for (int j = 0; j < kDotWriters; ++j)
-      if (j < writers) sums[i * sums_stride + j] += sum_lanes<A>(acc[i][j]);
+    for (int j = 0; j < kDotWriters; ++j) Traits<A>::store(lanes[i][j], acc[i][j]);
+  for (int i = 0; i < Readers; ++i)
+    for (int64_t j = 0; j < writers; ++j)
+      sums[i * sums_stride + j] += sum_lanes<A, kLanes>(Traits<A>::load(lanes[i][j]));
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
 void dot_rows(const A* x, int64_t readers, const S* d, int64_t stride, int64_t writers, int64_t tiles, double* sums,
-              int64_t sums_stride) {
+              int64_t sums_stride, Prefetch& prefetch) {
   int64_t r = 0;
   for (; r + kDotReaders <= readers; r += kDotReaders)
     dot_block<S, kDotReaders>(x + r * kTile<A>, readers, d, stride, writers, tiles, sums + r * sums_stride,
-                              sums_stride);
+                              sums_stride, prefetch);
   for (; r < readers; ++r)
-    dot_block<S, 1>(x + r * kTile<A>, readers, d, stride, writers, tiles, sums + r * sums_stride, sums_stride);
+    dot_block<S, 1>(x + r * kTile<A>, readers, d, stride, writers, tiles, sums + r * sums_stride, sums_stride,
+                      prefetch);
 }
 
 // Copies columns [begin, begin + width) of grad_reads to packed[tile][reader][kTile], zero beyond width.
@@ -112,16 +125,30 @@ struct Backward {
     return wide_tile<A>(p.readers) * (p.readers * sizeof(A) + kRows * (sizeof(S) + sizeof(G)));
   }
 
+  // Fetches the next block of writers; `tile_steps` is how often each tile of this one calls step().
+  template <class T>
+  static Prefetch ahead(const T* next, int64_t stride, int64_t left, int64_t width, int64_t tile_steps) {
+    if (!next || left <= 0) return Prefetch{};
+    Prefetch prefetch{reinterpret_cast<const char*>(next), stride * int64_t(sizeof(T)), left < kRows ? left : kRows,
+                      0, 0, 0};
+    while ((int64_t(64) << prefetch.line_bits) < width * int64_t(sizeof(T))) ++prefetch.line_bits;
+    const int64_t steps = width / kTile<A> * (tile_steps > 0 ? tile_steps : 1);
+    prefetch.lines_per_step = ((prefetch.rows << prefetch.line_bits) + steps - 1) / steps;
+    // With few readers there is too little arithmetic to hide it in, and the hardware does better alone.
+    return prefetch.lines_per_step > kMostLinesPerStep ? Prefetch{} : prefetch;
+  }
+
   // `tiles` whole tiles of one block of writers.
   static void block(const BackwardParams& p, const A* z, const A* x, const S* d, int64_t d_stride, G* g,
-                    int64_t g_stride, int64_t rows, int64_t tiles, double* sums) {
+                    int64_t g_stride, int64_t rows, int64_t tiles, double* sums, Prefetch& next_d, Prefetch& next_g) {
     if (sums)
       for (int64_t j = 0; j < rows; j += kDotWriters)
         dot_rows<S>(x, p.readers, d + j * d_stride, d_stride, rows - j < kDotWriters ? rows - j : kDotWriters, tiles,
-                    sums + j, p.writers);
+                    sums + j, p.writers, next_d);
     if (g)
       for (int64_t t = 0; t < tiles; ++t)
-        grad_tile_rows<G>(rows, z, x + t * p.readers * kTile<A>, p.readers, g + t * kTile<A>, g_stride, p.accumulate);
+        grad_tile_rows<G>(rows, z, x + t * p.readers * kTile<A>, p.readers, g + t * kTile<A>, g_stride, p.accumulate,
+                          next_g);
   }
 
   // A tile whose width is not a multiple of kTile goes through copies that are.
@@ -135,7 +162,8 @@ struct Backward {
       std::memcpy(d_copy + j * wide, d + j * p.stream_stride, sizeof(S) * width);
       if (g && p.accumulate) std::memcpy(g_copy + j * wide, g + j * p.grad_stream_stride, sizeof(G) * width);
     }
-    block(p, z, x, d_copy, wide, g ? g_copy : nullptr, wide, rows, tiles, sums);
+    Prefetch nothing{};
+    block(p, z, x, d_copy, wide, g ? g_copy : nullptr, wide, rows, tiles, sums, nothing, nothing);
     if (g)
       for (int64_t j = 0; j < rows; ++j)
         std::memcpy(g + j * p.grad_stream_stride, g_copy + j * wide, sizeof(G) * width);
@@ -156,7 +184,12 @@ struct Backward {
         G* g = p.grad_stream ? static_cast<G*>(p.grad_stream) + w * p.grad_stream_stride + begin : nullptr;
         double* block_sums = sums ? sums + w : nullptr;
         if (width % kTile<A> == 0) {
-          block(p, z, x, d, p.stream_stride, g, p.grad_stream_stride, rows, width / kTile<A>, block_sums);
+          const int64_t left = p.writers - w - rows;
+          Prefetch next_d = ahead(d + rows * p.stream_stride, p.stream_stride, left, width, kVecs * (p.readers / kDotReaders));
+          Prefetch next_g = ahead(g ? g + rows * p.grad_stream_stride : nullptr, p.grad_stream_stride, left, width,
+                                  p.readers);
+          block(p, z, x, d, p.stream_stride, g, p.grad_stream_stride, rows, width / kTile<A>, block_sums, next_d,
+                next_g);
         } else {
           edge_block(p, z, x, d, g, rows, width, block_sums, copies);
         }

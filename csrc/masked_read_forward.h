@@ -3,6 +3,7 @@
 // send every row of a tile to the same few cache sets.
 #pragma once
 
+#include "masked_read_few.h"
 #include "simd.h"
 
 namespace fastcircuit {
@@ -15,15 +16,36 @@ constexpr int kRows = 6, kVecs = 2;
 #else
 constexpr int kRows = 4, kVecs = 2;
 #endif
-constexpr int kPrefetchRows = 8;
 
 template <class A>
 constexpr int kTile = kVecs * Simd<A>::kLanes;
 
+constexpr int64_t kMaxPanelTiles = 16, kPanelBytes = 512 * 1024;
+// Reads larger than this do not stay in cache anyway, so they are written around it.
+constexpr int64_t kStreamingBytes = 4 << 20;
+
+// A panel is `tiles` neighbouring tiles. While one is computed the next is fetched from memory, a few cache lines
+// per step of the multiplication, row by row so that memory is read in runs as long as a panel is wide.
+struct Prefetch {
+  const char* next;  // null: nothing left to fetch
+  int64_t stride, rows;
+  int64_t line, lines_per_step;
+  int line_bits;  // log2 of the lines of one row of a panel
+
+  FC_INLINE void step() {
+    if (!next) return;
+    for (int64_t i = 0; i < lines_per_step; ++i, ++line) {
+      const int64_t row = line >> line_bits;
+      if (row >= rows) return;
+      __builtin_prefetch(next + row * stride + (line - (row << line_bits)) * 64, 0, 2);
+    }
+  }
+};
+
 // out[Rows, kTile] = base + z[W, Rows]^T rows[W, kTile]; with Pack the rows are also copied to `packed`.
-template <class S, int Rows, bool Pack, class A = typename Traits<S>::Accumulate>
+template <class S, int Rows, bool Pack, bool Around, class A = typename Traits<S>::Accumulate>
 FC_INLINE void read_tile(const A* z, const S* rows, int64_t stride, A* packed, int64_t writers, const S* base, S* out,
-                         int64_t out_stride) {
+                         int64_t out_stride, Prefetch& prefetch) {
   constexpr int kLanes = Simd<A>::kLanes;
   Vec<A> acc[Rows][kVecs];
   for (int v = 0; v < kVecs; ++v) {
@@ -31,10 +53,10 @@ FC_INLINE void read_tile(const A* z, const S* rows, int64_t stride, A* packed, i
     for (int i = 0; i < Rows; ++i) acc[i][v] = start;
   }
   for (int64_t w = 0; w < writers; ++w) {
+    prefetch.step();
     Vec<A> d[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       if constexpr (Pack) {
-        __builtin_prefetch(rows + kPrefetchRows * stride + v * kLanes);
         d[v] = Traits<S>::load(rows + v * kLanes);
         Traits<A>::store(packed + v * kLanes, d[v]);
       } else {
@@ -50,30 +72,36 @@ FC_INLINE void read_tile(const A* z, const S* rows, int64_t stride, A* packed, i
     packed += kTile<A>;
   }
   for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < kVecs; ++v) Traits<S>::store(out + i * out_stride + v * kLanes, acc[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      if constexpr (Around) {
+        Traits<S>::store_around_cache(out + i * out_stride + v * kLanes, acc[i][v]);
+      } else {
+        Traits<S>::store(out + i * out_stride + v * kLanes, acc[i][v]);
+      }
+    }
 }
 
-template <class S, bool Pack, int Rows = kRows, class A = typename Traits<S>::Accumulate>
+template <class S, bool Pack, bool Around, int Rows = kRows, class A = typename Traits<S>::Accumulate>
 FC_INLINE void read_tile_rows(int64_t rows, const A* z, const S* stream, int64_t stride, A* packed, int64_t writers,
-                              const S* base, S* out, int64_t out_stride) {
+                              const S* base, S* out, int64_t out_stride, Prefetch& prefetch) {
   if (rows == Rows) {
-    read_tile<S, Rows, Pack>(z, stream, stride, packed, writers, base, out, out_stride);
+    read_tile<S, Rows, Pack, Around>(z, stream, stride, packed, writers, base, out, out_stride, prefetch);
   } else if constexpr (Rows > 1) {
-    read_tile_rows<S, Pack, Rows - 1>(rows, z, stream, stride, packed, writers, base, out, out_stride);
+    read_tile_rows<S, Pack, Around, Rows - 1>(rows, z, stream, stride, packed, writers, base, out, out_stride, prefetch);
   }
 }
 
 // One tile for all readers. `base` and the rows of `stream` must be readable for a whole tile.
-template <class S, class A = typename Traits<S>::Accumulate>
+template <class S, bool Around, class A = typename Traits<S>::Accumulate>
 void read_tile_all(const ReadParams& p, const A* panels, A* packed, const S* stream, int64_t stride, const S* base,
-                   S* out, int64_t out_stride) {
+                   S* out, int64_t out_stride, Prefetch& prefetch) {
   for (int64_t r = 0; r < p.readers; r += kRows) {
     const int64_t rows = p.readers - r < kRows ? p.readers - r : kRows;
     const A* z = panels + r * p.writers;
     if (r == 0) {
-      read_tile_rows<S, true>(rows, z, stream, stride, packed, p.writers, base, out, out_stride);
+      read_tile_rows<S, true, Around>(rows, z, stream, stride, packed, p.writers, base, out, out_stride, prefetch);
     } else {
-      read_tile_rows<S, false>(rows, z, stream, stride, packed, p.writers, base, out + r * out_stride, out_stride);
+      read_tile_rows<S, false, Around>(rows, z, stream, stride, packed, p.writers, base, out + r * out_stride, out_stride, prefetch);
     }
   }
 }
@@ -90,14 +118,30 @@ void read_tail(const ReadParams& p, const A* panels, A* packed, char* scratch, i
   for (int64_t w = 0; w < p.writers; ++w)
     std::memcpy(rows + w * kWide, stream + w * p.stream_stride, sizeof(S) * width);
   if (p.base) std::memcpy(base, static_cast<const S*>(p.base) + begin, sizeof(S) * width);
-  read_tile_all<S>(p, panels, packed, rows, kWide, base, out, kWide);
+  Prefetch nothing{};
+  read_tile_all<S, false>(p, panels, packed, rows, kWide, base, out, kWide, nothing);
   for (int64_t r = 0; r < p.readers; ++r)
     std::memcpy(static_cast<S*>(p.reads) + r * p.reads_stride + begin, out + r * kWide, sizeof(S) * width);
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
 int64_t read_scratch(const ReadParams& p) {
+  if (p.readers <= kFewReaders) return p.readers * kFewColumns * sizeof(A);
   return kTile<A> * (p.writers * sizeof(A) + (p.writers + 1 + p.readers) * sizeof(S));
+}
+
+template <class S, class A = typename Traits<S>::Accumulate>
+int64_t panel_tiles(const ReadParams& p) {
+  int64_t tiles = 1;
+  while (tiles < kMaxPanelTiles && 2 * tiles * kTile<A> * p.writers * int64_t(sizeof(S)) <= kPanelBytes) tiles *= 2;
+  return tiles;
+}
+
+template <class S>
+bool writes_around_cache(const ReadParams& p) {
+  const int64_t row_bytes = p.reads_stride * int64_t(sizeof(S));
+  return p.readers * row_bytes >= kStreamingBytes && row_bytes % kBytes == 0 &&
+         reinterpret_cast<uintptr_t>(p.reads) % kBytes == 0;
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
@@ -107,9 +151,22 @@ void read_range(const ReadParams& p, const void* panels, void* scratch, int64_t 
   const S* stream = static_cast<const S*>(p.stream);
   const S* base = static_cast<const S*>(p.base);
   S* reads = static_cast<S*>(p.reads);
-  for (; begin + kTile<A> <= end; begin += kTile<A>)
-    read_tile_all<S>(p, z, packed, stream + begin, p.stream_stride, base ? base + begin : nullptr, reads + begin,
-                     p.reads_stride);
+  if (p.readers <= kFewReaders) return read_few_range<S>(p, z, packed, begin, end);
+  const int64_t tiles = panel_tiles<S>(p), row_lines = tiles * kTile<A> * int64_t(sizeof(S)) / 64;
+  Prefetch prefetch{nullptr, p.stream_stride * int64_t(sizeof(S)), p.writers, 0, 0, 0};
+  while ((1 << prefetch.line_bits) < row_lines) ++prefetch.line_bits;
+  const int64_t steps = tiles * ((p.readers + kRows - 1) / kRows);
+  prefetch.lines_per_step = (row_lines + steps - 1) / steps;
+  const auto tile = writes_around_cache<S>(p) ? read_tile_all<S, true> : read_tile_all<S, false>;
+  while (begin + kTile<A> <= end) {
+    const int64_t next = begin + tiles * kTile<A>;
+    prefetch.next = next < end ? reinterpret_cast<const char*>(stream + next) : nullptr;
+    prefetch.line = 0;
+    for (; begin < next && begin + kTile<A> <= end; begin += kTile<A>)
+      tile(p, z, packed, stream + begin, p.stream_stride, base ? base + begin : nullptr, reads + begin,
+           p.reads_stride, prefetch);
+  }
+  finish_stores_around_cache();
   if (begin < end)
     read_tail<S>(p, z, packed, reinterpret_cast<char*>(packed + p.writers * kTile<A>), begin, end - begin);
 }

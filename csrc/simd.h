@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef FC_X86_VARIANTS
+#include <immintrin.h>
+#endif
+
 #include "masked_read.h"
 
 #define FC_INLINE inline __attribute__((always_inline))
@@ -27,7 +31,38 @@ using Vec = typename Simd<A>::Vec;
 
 template <class A>
 FC_INLINE Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  // Not 0 + value: only subtracting zero is the identity for every float, and so costs nothing.
+  return value - Vec<A>{};
+}
+
+// Writes past the caches; `p` is aligned to the vector. finish_stores_around_cache() before anybody else reads it.
+template <class T, class V>
+FC_INLINE void around_cache(T* p, V v) {
+#ifdef FC_X86_VARIANTS
+  if constexpr (sizeof(V) == 8) {
+    long long bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    _mm_stream_si64(reinterpret_cast<long long*>(p), bits);
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#if FC_VECTOR_BYTES >= 32
+  } else if constexpr (sizeof(V) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if FC_VECTOR_BYTES >= 64
+  } else if constexpr (sizeof(V) == 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+  }
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+
+FC_INLINE void finish_stores_around_cache() {
+#ifdef FC_X86_VARIANTS
+  _mm_sfence();
+#endif
 }
 
 // S: the type in memory. Accumulate<S>: the type its sums are kept in.
@@ -40,6 +75,7 @@ struct Traits {
     return v;
   }
   static FC_INLINE void store(S* p, Vec<S> v) { std::memcpy(p, &v, sizeof v); }
+  static FC_INLINE void store_around_cache(S* p, Vec<S> v) { around_cache(p, v); }
 };
 
 template <>
@@ -54,23 +90,53 @@ struct Traits<Bf16> {
     std::memcpy(&bits, p, sizeof bits);
     return (Vec<float>)(__builtin_convertvector(bits, Wide) << 16);
   }
-  // Round to nearest even; a NaN stays one, whatever its payload.
   static FC_INLINE void store(Bf16* p, Vec<float> v) {
+    const Narrow out = narrow(v);
+    std::memcpy(p, &out, sizeof out);
+  }
+  static FC_INLINE void store_around_cache(Bf16* p, Vec<float> v) { around_cache(p, narrow(v)); }
+
+ private:
+  // Rounds to nearest even; a NaN stays one, whatever its payload.
+  static FC_INLINE Narrow narrow(Vec<float> v) {
     const Wide bits = (Wide)v;
     const Wide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Wide is_nan = (Wide)(Signed)(v != v);
-    const Narrow out = __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), Narrow);
-    std::memcpy(p, &out, sizeof out);
+    return __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), Narrow);
   }
 };
 
-template <class A>
-FC_INLINE A sum_lanes(Vec<A> v) {
-  A lanes[Simd<A>::kLanes];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = Simd<A>::kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+// The first `count` numbers (all lanes or fewer), and zeros after them.
+template <class S, class V = Vec<typename Traits<S>::Accumulate>>
+FC_INLINE V load_some(const S* p, int64_t count) {
+  constexpr int kLanes = Simd<typename Traits<S>::Accumulate>::kLanes;
+  if (count >= kLanes) return Traits<S>::load(p);
+  S lanes[kLanes] = {};
+  std::memcpy(lanes, p, sizeof(S) * count);
+  return Traits<S>::load(lanes);
+}
+
+template <class S, class V>
+FC_INLINE void store_some(S* p, V v, int64_t count) {
+  constexpr int kLanes = Simd<typename Traits<S>::Accumulate>::kLanes;
+  if (count >= kLanes) return Traits<S>::store(p, v);
+  S lanes[kLanes];
+  Traits<S>::store(lanes, v);
+  std::memcpy(p, lanes, sizeof(S) * count);
+}
+
+// Adds the upper half to the lower one until one lane is left.
+template <class A, int Lanes, class V>
+FC_INLINE A sum_lanes(V v) {
+  if constexpr (Lanes == 1) {
+    return v[0];
+  } else {
+    typedef A Half __attribute__((vector_size(sizeof(A) * (Lanes / 2))));
+    Half low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<A, Lanes / 2>(low + high);
+  }
 }
 
 }  // namespace FC_ISA

@@ -225,18 +225,8 @@ def _describe(graph: Graph) -> str:
 
 
 def _drop_unread(graph: Graph, keep: np.ndarray) -> np.ndarray:
-    """Drop edges into readers whose component has no kept path to the final read, last reader first."""
-    keep = keep.copy()
-    read = np.zeros(graph.num_writers, dtype=bool)
-    feeds_of = _group(graph.feeds[0], graph.feeds[1], graph.num_readers)
-    for site in reversed(graph.sites):
-        block = keep[site.edge_slice].reshape(site.num_readers, site.num_writers)
-        if site.name != FINAL_READ:
-            for row in range(site.num_readers):
-                if not read[feeds_of[site.first_reader + row]].any():
-                    block[row] = False
-        read[: site.num_writers] |= block.any(axis=0)
-    return keep
+    """Drop edges into readers whose component has no kept path to the final read."""
+    return keep & graph.live(keep)[1][graph.edge_readers]
 
 
 def _drop_unfed(graph: Graph, keep: np.ndarray) -> np.ndarray:

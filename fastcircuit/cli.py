@@ -4,8 +4,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -147,6 +145,7 @@ def discover(
     from fastcircuit.discovery.run import Run
     from fastcircuit.discovery.settings import Settings
     from fastcircuit.files import check_writable
+    from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import metrics_table
 
     given = {"steps": steps, "batch_size": batch_size, "ablation": ablation, "seed": seed}
@@ -161,8 +160,8 @@ def discover(
     masked = _load_model(model, device, dtype, embedding_nodes)
     pairs = _load_task(model, masked, task, data, seed)
     started = time.perf_counter()
-    with _progress("discover") as on_report:
-        circuit = run.discover(masked, pairs, method, settings, sparsity, edges, on_report)
+    with watch(stderr) as watcher:
+        circuit = run.discover(masked, pairs, method, settings, sparsity, edges, watcher.on_report, watcher.on_round)
     result = {
         "edges": circuit.num_edges,
         "total_edges": circuit.graph.num_edges,
@@ -267,10 +266,11 @@ def demo(
 ) -> None:
     """The whole story on a shipped model: find the circuit that says She or He, evaluate it, draw it."""
     from fastcircuit.demo import run_demo
+    from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import metrics_table
 
-    with _progress("discover") as on_report:
-        story = run_demo(out, seed, on_report)
+    with watch(stderr) as watcher:
+        story = run_demo(out, seed, watcher.on_report, watcher.on_round)
     if as_json:
         _print_json(story.to_dict())
     else:
@@ -305,55 +305,6 @@ def _load_task(model: str, masked: Any, task: str | None, data: Path | None, see
     pairs = load_task(task or f"{data}", load_tokenizer(model), seed=seed)
     pairs.check_vocabulary(masked.config.vocab_size)
     return pairs
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[Any], None]]:
-    """A progress bar on stderr with KL, sparsity, rate and time left; yields the function that moves it.
-
-    Where stderr is no terminal: a line at every tenth of the run.
-    """
-    if not stderr.is_terminal:
-        yield _progress_lines(what)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Any) -> Text:
-            return Text(f"{task.speed or 0:5.1f} steps/s")
-
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-    ]
-    columns.append(TextColumn("KL {task.fields[kl]:.3f}  sparsity {task.fields[sparsity]:.1%}"))
-    with Progress(*columns, console=stderr) as progress:
-        bar = progress.add_task(what, total=None, kl=0.0, sparsity=0.0)
-
-        def on_report(report: Any) -> None:
-            progress.update(
-                bar, total=report.steps, completed=report.step + 1, kl=report.kl, sparsity=report.edge_sparsity
-            )
-
-        yield on_report
-
-
-def _progress_lines(what: str) -> Callable[[Any], None]:
-    printed = 0
-
-    def on_report(report: Any) -> None:
-        nonlocal printed
-        tenth = 10 * (report.step + 1) // report.steps
-        if tenth > printed:
-            printed = tenth
-            numbers = f"KL {report.kl:.3f}  sparsity {report.edge_sparsity:.1%}"
-            stderr.print(f"{what} {report.step + 1}/{report.steps}  {numbers}", markup=False, soft_wrap=True)
-
-    return on_report
 
 
 def _print_json(value: dict[str, Any]) -> None:

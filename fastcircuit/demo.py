@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.edge_pruning import Report
+from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.run import Run
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import RunError
@@ -53,12 +54,19 @@ class Story:
             )
 
 
-def run_demo(out: Path, seed: int = 0, on_report: Callable[[Report], None] | None = None) -> Story:
+def run_demo(
+    out: Path,
+    seed: int = 0,
+    on_report: Callable[[Report], None] | None = None,
+    on_round: OnRound | None = None,
+) -> Story:
     """Discover, evaluate and draw; everything is written into ``out``, replacing an earlier demo."""
     model, task = load_model(MODEL), load_task(TASK, load_tokenizer(MODEL))
     started = time.perf_counter()
     run = Run(out, overwrite=True)
-    circuit = run.discover(model, task, "edge-pruning", Settings(seed=seed), edges=EDGES, on_report=on_report)
+    circuit = run.discover(
+        model, task, "edge-pruning", Settings(seed=seed), edges=EDGES, on_report=on_report, on_round=on_round
+    )
     seconds = time.perf_counter() - started
     pictures = [out / name for name in PICTURES]
     for picture in pictures:

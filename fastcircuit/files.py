@@ -31,9 +31,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"cannot write {target}: {getattr(error, 'strerror', None) or error}; free some space or choose another --out"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {target}: {reason}; free some space or choose another --out") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

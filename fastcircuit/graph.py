@@ -231,6 +231,33 @@ class Graph:
         readers, writers = zip(*pairs, strict=True)
         return np.array(readers), np.array(writers)
 
+    def live(self, on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What a path of switched-on edges joins to the output.
+
+        Args:
+            on: bool ``[num_edges]``.
+
+        Returns:
+            Bool ``[num_writers]``: the writers some live reader reads; bool ``[num_readers]``: the inputs of those
+            writers (a key or value reader is live when any head of its group is), and the final read.
+        """
+        writers, readers = np.zeros(self.num_writers, dtype=bool), np.zeros(self.num_readers, dtype=bool)
+        for site in reversed(self.sites):
+            rows = self._owner_rows(site, writers)
+            readers[site.first_reader : site.first_reader + site.num_readers] = rows
+            writers[: site.num_writers] |= (site.view(on) & rows[:, None]).any(axis=0)
+        return writers, readers
+
+    def _owner_rows(self, site: Site, writers: np.ndarray) -> np.ndarray:
+        """For each reader of ``site``, whether a writer it feeds is in ``writers``."""
+        if site.name == FINAL_READ:
+            return np.ones(1, dtype=bool)
+        if site is self.mlp_site(site.layer):
+            return writers[[self.mlp_writer(site.layer)]]
+        heads = writers[self.head_writer(site.layer) : self.mlp_writer(site.layer)]
+        groups = heads.reshape(self.num_kv_heads, -1).any(axis=1)
+        return np.concatenate([heads, groups, groups])
+
 
 def _abridged(names: tuple[str, ...], most: int = 8) -> str:
     if len(names) <= most:

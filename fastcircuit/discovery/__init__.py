@@ -1,6 +1,6 @@
 """Finding circuits: which edges carry a behaviour."""
 
-from fastcircuit.discovery.discover import Discovery, discover
+from fastcircuit.discovery.discovery import Discovery, discover
 from fastcircuit.discovery.presets import PRESETS, preset
 from fastcircuit.discovery.settings import Settings
 

@@ -45,8 +45,8 @@ def load_checkpoint(
     for name in sorted(set(found) | set(about)):
         if found.get(name) != json.loads(json.dumps(about.get(name))):
             raise InputError(
-                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, this run's is {about.get(name)!r}; "
-                "repeat the run's own settings or choose another --out"
+                f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, "
+                f"this run's is {about.get(name)!r}; repeat the run's own settings or choose another --out"
             )
     try:
         with torch.no_grad():
@@ -63,7 +63,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is not a checkpoint: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+                raise InputError(
+                    f"{path} is not a checkpoint: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+                )
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path} to resume from; run without --resume") from None

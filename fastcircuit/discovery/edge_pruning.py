@@ -113,6 +113,8 @@ class EdgePruning:
         (kl + penalty).backward()
         self._clip(masks, step)
         self.optimizer.step()
+        if self.settings.upstream_compat:
+            upstream.restore_frozen_nodes(self.parameters)
         row = torch.stack([kl.detach(), penalty.detach(), sparsity.detach()]).double()
         self._pending.append(torch.cat([row.new_tensor([step]), row, row.new_tensor([target])]))
 
@@ -120,7 +122,9 @@ class EdgePruning:
         """``KL(full || circuit)`` in nats: mean over an example's answer positions, then over the batch."""
         if self.settings.upstream_compat:
             masks = upstream.detach_frozen_nodes(self.model, masks)
-        read = self.model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens)
+        read = self.model.final_read(
+            batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens, skip_zeros=True
+        )
         log_probs = self.reference.restrict(self.model.unembed(read))
         return batch.answers.example_mean(kl_divergence(batch.answers.log_probs, log_probs), batch.size)
 
@@ -141,8 +145,8 @@ class EdgePruning:
         for name, value in self.parameters.named_parameters():
             if not bool(torch.isfinite(value).all()):
                 raise RunError(
-                    f"step {self.step_number}: the update made log-alphas or multipliers ({name}) infinite or NaN; lower the "
-                    f"learning rate; {_kept(path)}"
+                    f"step {self.step_number}: the update made {name} log-alphas or multipliers infinite or NaN; "
+                    f"lower the learning rate; {_kept(path)}"
                 )
         history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(COLUMNS))
         save_checkpoint(path, self.parameters, self.optimizer, history, self.identity)
@@ -177,8 +181,8 @@ class EdgePruning:
             broken = [name for name in ("kl", "penalty", "edge_sparsity") if not math.isfinite(named[name])]
             if broken:
                 raise RunError(
-                    f"step {int(named['step'])}: {broken[0]} is {named[broken[0]]}; lower the learning rate or use a wider "
-                    f"dtype; {_kept(checkpoint)}"
+                    f"step {int(named['step'])}: {broken[0]} is {named[broken[0]]}; lower the learning rate or use a "
+                    f"wider dtype; {_kept(checkpoint)}"
                 )
         self.history += rows
 

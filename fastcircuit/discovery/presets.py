@@ -1,60 +1,63 @@
 """The published hyperparameters (Edge Pruning, appendix B and the run scripts), by experiment."""
 
+from dataclasses import replace
+
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
 
-_PUBLISHED = {"initial_log_alpha": 10.0, "sparsity_estimate": "sampled", "weight_decay": 0.01, "clip_norm": 1.0, "upstream_compat": True}
-
-_GPT2 = {
-    "steps": 3000,
-    "batch_size": 32,
-    "learning_rate": 0.8,
-    "multiplier_learning_rate": 0.8,
-    "learning_rate_warmup": 200,
-    "sparsity_warmup": 2500,
-}
-
-_TRACR = {"batch_size": 16, "ablation": "zero", "linear_term": False}
+_PUBLISHED = Settings(
+    steps=3000,
+    batch_size=32,
+    learning_rate=0.8,
+    multiplier_learning_rate=0.8,
+    learning_rate_warmup=200,
+    sparsity_warmup=2500,
+    schedule="linear",
+    initial_log_alpha=10.0,
+    sparsity_estimate="sampled",
+    weight_decay=0.01,
+    clip_norm=1.0,
+    refine=False,
+    upstream_compat=True,
+)
 
 PRESETS: dict[str, Settings] = {
-    "ioi": Settings(**_PUBLISHED, **_GPT2, edge_target=0.975, silent_node_target=0.72),
-    "ioi-t1": Settings(
-        **_PUBLISHED,
-        **{**_GPT2, "learning_rate": 1.0, "multiplier_learning_rate": 1.0},
-        edge_target=0.975,
-        silent_node_target=0.72,
+    "ioi": replace(_PUBLISHED, edge_target=0.975, silent_node_target=0.72),
+    "ioi-t1": replace(
+        _PUBLISHED, edge_target=0.975, silent_node_target=0.72, learning_rate=1.0, multiplier_learning_rate=1.0
     ),
-    "greater-than": Settings(**_PUBLISHED, **_GPT2, edge_target=0.985, silent_node_target=0.68),
-    "gendered-pronoun": Settings(**_PUBLISHED, **_GPT2, edge_target=0.985, silent_node_target=0.69),
-    "tracr-reverse": Settings(
-        **_PUBLISHED,
-        **_TRACR,
+    "greater-than": replace(_PUBLISHED, edge_target=0.985, silent_node_target=0.68),
+    "gendered-pronoun": replace(_PUBLISHED, edge_target=0.985, silent_node_target=0.69),
+    "tracr-reverse": replace(
+        _PUBLISHED,
         steps=6000,
+        batch_size=16,
         learning_rate=0.03,
         multiplier_learning_rate=0.001,
         learning_rate_warmup=1500,
         sparsity_warmup=5900,
         edge_target=1.02,
         silent_node_target=0.1,
+        linear_term=False,
+        ablation="zero",
     ),
-    "tracr-xproportion": Settings(
-        **_PUBLISHED,
-        **_TRACR,
+    "tracr-xproportion": replace(
+        _PUBLISHED,
         steps=720,
+        batch_size=16,
         learning_rate=1.0,
         multiplier_learning_rate=1e-4,
         learning_rate_warmup=96,
         sparsity_warmup=640,
         edge_target=0.92,
         node_target=0.4,
+        linear_term=False,
+        ablation="zero",
     ),
-    "boolean-expressions": Settings(
-        **_PUBLISHED,
+    "boolean-expressions": replace(
+        _PUBLISHED,
         steps=6000,
-        batch_size=32,
-        learning_rate=0.8,
         multiplier_learning_rate=0.4,
-        learning_rate_warmup=200,
         sparsity_warmup=5500,
         edge_target=1.2,
         node_target=0.7,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastcircuit.circuit import Circuit
+from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.graph import Graph
 
@@ -21,7 +21,7 @@ def check_num_edges(graph: Graph, num_edges: int) -> int:
     return num_edges
 
 
-def top_circuit(graph: Graph, scores: np.ndarray, num_edges: int, ablation: str = "interchange") -> Circuit:
+def top_circuit(graph: Graph, scores: np.ndarray, num_edges: int, ablation: Ablation = "interchange") -> Circuit:
     """The circuit of exactly ``num_edges`` edges that matter, best scores first.
 
     Edges are taken in order of score; those that cannot matter (see :meth:`Circuit.pruned`) do not count. What is still

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery.discover import discover
+from fastcircuit.discovery.discovery import discover
 from fastcircuit.discovery.edge_pruning import Report
+from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import evaluate
@@ -30,7 +31,9 @@ class Run:
         InputError: there is a finished or interrupted run in the directory, and neither flag says what to do with it.
     """
 
-    def __init__(self, directory: Path, resume: bool = False, overwrite: bool = False, tensorboard: bool = False) -> None:
+    def __init__(
+        self, directory: Path, resume: bool = False, overwrite: bool = False, tensorboard: bool = False
+    ) -> None:
         self.directory = directory
         self.resume = resume
         self.tensorboard = tensorboard
@@ -44,7 +47,11 @@ class Run:
             return
         for name, what in (("circuit.json", "a finished"), (self.checkpoint.name, "an interrupted")):
             if (directory / name).exists():
-                mend = "--overwrite to replace it" if what == "a finished" else "--resume to go on or --overwrite to start anew"
+                mend = (
+                    "--overwrite to replace it"
+                    if what == "a finished"
+                    else "--resume to go on or --overwrite to start anew"
+                )
                 raise InputError(f"{directory} holds {what} run; choose another --out, or {mend}")
 
     def discover(
@@ -56,6 +63,7 @@ class Run:
         sparsity: float | None = None,
         edges: int | None = None,
         on_report: OnReport | None = None,
+        on_round: OnRound | None = None,
     ) -> Circuit:
         """Find the circuit, evaluate it on the test split (or, without one, on train), write both files."""
         with _Logs(self.directory / "tensorboard" if self.tensorboard else None) as log:
@@ -69,6 +77,7 @@ class Run:
                 checkpoint=self.checkpoint,
                 resume=self.resume,
                 on_report=_both(on_report, log),
+                on_round=on_round,
             )
         split = "test" if "test" in task.splits else "train"
         metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}

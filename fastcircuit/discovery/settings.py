@@ -22,38 +22,46 @@ class Settings:
         learning_rate: of the log-alphas of edges and writers (Adam).
         multiplier_learning_rate: of the Lagrange multipliers (gradient ascent, Adam).
         learning_rate_warmup: steps over which both rise linearly from 0; then they fall linearly to 0.
-        silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published code
-            still counts when it clips.
         sparsity_warmup: steps over which the targets rise to their final values.
         schedule: of the targets, ``linear`` or ``logarithmic``.
-        edge_target: final edge-sparsity target (may exceed 1); None: the sparsity of the circuit asked for, counted over
-            edges and writers together.
+        edge_target: final edge-sparsity target (may exceed 1); None: one that suits the size asked for.
+        node_masks: learn a mask per writer as well, as published; an edge is on when both are.
         node_target: final writer-sparsity target; None: no such term.
+        silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published
+            code still counts when it clips.
         initial_log_alpha: where every log-alpha starts.
         sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
         weight_decay: of AdamW, on log-alphas and multipliers.
         clip_norm: gradients are scaled down to this joint norm; None: not clipped.
+        refine: finish by measured elimination and swaps (see ``refine.py``); False: the surest edges as they are.
+        refine_surplus: elimination starts from this many edges more than asked for (for circuits up to 256 edges; its
+            cost grows with their number).
+        refine_swaps: rounds of swaps after it.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         upstream_compat: reproduce the published code's numerics, quirks included.
         seed: of everything random.
     """
 
-    steps: int = 1500
-    batch_size: int = 32
+    steps: int = 1000
+    batch_size: int = 16
     learning_rate: float = 0.8
     multiplier_learning_rate: float = 0.8
-    learning_rate_warmup: int = 200
-    sparsity_warmup: int = 1250
+    learning_rate_warmup: int = 130
+    sparsity_warmup: int = 830
     schedule: str = "linear"
     edge_target: float | None = None
+    node_masks: bool = True
     node_target: float | None = None
     silent_node_target: float | None = None
-    initial_log_alpha: float = 3.0
-    sparsity_estimate: str = "expected"
+    initial_log_alpha: float = 10.0
+    sparsity_estimate: str = "sampled"
     linear_term: bool = True
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+    refine: bool = True
+    refine_surplus: int = 24
+    refine_swaps: int = 50
     ablation: Ablation = "interchange"
     output_bias: str = "split"
     upstream_compat: bool = False
@@ -63,6 +71,10 @@ class Settings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.refine_surplus < 0 or self.refine_swaps < 0:
+            raise InputError(
+                f"refine_surplus is {self.refine_surplus} and refine_swaps {self.refine_swaps}; both must be 0 or more"
+            )
         for name in ("learning_rate", "multiplier_learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")

@@ -1,6 +1,6 @@
 """Quirks of the published Edge Pruning code that change its numbers; used only with ``upstream_compat=True``.
 
-Three act during training (the joint clip norm, frozen embedding writers in Llama), two at the end (impossible edges that
+Two act during training (the joint clip norm, frozen embedding writers in Llama), two at the end (impossible edges that
 are stored, decay, and take part in the rounding; a writer count that leaves out the position embeddings).
 """
 
@@ -25,6 +25,13 @@ def detach_frozen_nodes(model: MaskedCausalLM, masks: Masks) -> Masks:
     if model.graph.embedding_nodes != "joint" or masks.node is None:
         return masks
     return Masks(masks.edge, torch.cat([masks.node[:1].detach(), masks.node[1:]]))
+
+
+def restore_frozen_nodes(parameters: MaskParameters) -> None:
+    """Without a writer loss that embedding writer has no gradient at all: weight decay passes it by too."""
+    if parameters.graph.embedding_nodes == "joint" and parameters.settings.node_target is None:
+        with torch.no_grad():
+            parameters.node[:1] = parameters.settings.initial_log_alpha
 
 
 def clip(parameters: MaskParameters, masks: Masks, step: int, norm: float) -> None:
@@ -99,11 +106,12 @@ def _soft_nodes(parameters: MaskParameters) -> np.ndarray:
     """Deterministic masks of all writers: a tensor per layer's heads, one per MLP and per embedding."""
     graph, values = parameters.graph, parameters.node.detach().cpu()
     soft = np.empty(graph.num_writers)
-    heads = [np.arange(graph.head_writer(layer), graph.mlp_writer(layer)) for layer in range(graph.num_layers)]
-    singles = [[index] for index in range(graph.num_embedding_writers)]
-    singles += [[graph.mlp_writer(layer)] for layer in range(graph.num_layers)]
-    for group in [*heads, *singles]:
-        soft[group] = _cut(values[torch.as_tensor(group)]).numpy()
+    groups = [slice(index, index + 1) for index in range(graph.num_embedding_writers)]
+    for layer in range(graph.num_layers):
+        mlp = graph.mlp_writer(layer)
+        groups += [slice(graph.head_writer(layer), mlp), slice(mlp, mlp + 1)]
+    for group in groups:
+        soft[group] = _cut(values[group]).numpy()
     return soft
 
 
@@ -117,12 +125,11 @@ def _cut(log_alpha: Tensor) -> Tensor:
 
 
 def parameter_tensors(graph: Graph) -> Iterator[tuple[np.ndarray, int]]:
-    """Edges of every published parameter tensor (q, k, v of a layer, an MLP, the final read), and its impossible ones."""
+    """Edges of every published parameter tensor (q, k, v, an MLP, the final read), and how many impossible ones."""
     splits = (graph.num_heads, graph.num_kv_heads, graph.num_kv_heads)
     for site in graph.sites:
         edges = np.arange(site.first_edge, site.first_edge + site.num_edges).reshape(site.num_readers, site.num_writers)
-        rows = np.cumsum(splits)[:-1] if site.num_readers > 1 or site.name.startswith("a") else []
-        for block in np.split(edges, rows):
+        for block in np.split(edges, np.cumsum(splits)[:-1]) if site.name.startswith("a") else [edges]:
             impossible = 0 if site.name == FINAL_READ else len(block) * (graph.num_writers - site.num_writers)
             yield block.ravel(), impossible
 

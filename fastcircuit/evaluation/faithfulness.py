@@ -57,7 +57,7 @@ def evaluate(
 def circuit_log_probs(reference: Reference, masks: Masks, batch: Batch) -> Tensor:
     """The masked model's log-probabilities at the batch's answers, ``[N, V or A]``."""
     model = reference.model
-    read = model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens)
+    read = model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens, skip_zeros=True)
     return reference.restrict(model.unembed(read))
 
 

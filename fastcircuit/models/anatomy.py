@@ -4,11 +4,15 @@ An architecture file (gpt2.py, llama.py, ...) holds one function that fills thes
 weights are the model's own tensors, reshaped to heads.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastcircuit import ops
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -29,6 +33,11 @@ class Projection:
     def heads(self) -> int:
         return self.weight.shape[0]
 
+    def take(self, heads: Tensor) -> "Projection":
+        """Only these heads, copied."""
+        bias = None if self.bias is None else self.bias.index_select(0, heads)
+        return Projection(self.weight.index_select(0, heads), bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[heads, T, d] -> [heads, T, d_head]``; ``x`` may be ``[1, T, d]`` when every head reads the same."""
         if x.shape[0] == 1 and self.heads > 1:
@@ -36,6 +45,32 @@ class Projection:
         if self.bias is None:
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias, x, self.weight)
+
+
+def project(reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+    """Each projection of its own slice of ``reads`` ``[sum of heads, T, d]``, in order: ``[heads, T, d_head]`` each.
+
+    Equivalent to splitting ``reads`` and projecting the parts, but the gradient is written in place instead of being
+    put together from parts; weights get none.
+    """
+    return _Project.apply(reads, projections)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
+        ctx.projections, ctx.shape = projections, reads.shape
+        parts = reads.split([projection.heads for projection in projections])
+        return tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_reads = grads[0].new_empty(ctx.shape)
+        parts = grad_reads.split([projection.heads for projection in ctx.projections])
+        for projection, part, grad in zip(ctx.projections, parts, grads, strict=True):
+            torch.bmm(grad, projection.weight.transpose(1, 2), out=part)
+        return grad_reads, None
 
 
 @dataclass(frozen=True)
@@ -59,6 +94,17 @@ class Attention:
     out_bias: Tensor | None
     scale: float
     window: int | None = None
+
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection]:
+        """Query, key and value, in the order of the readers."""
+        return self.query, self.key, self.value
+
+    def take(self, heads: Tensor, kv_heads: Tensor) -> "Attention":
+        """Only these heads and key/value heads; copies their query, key and value weights."""
+        return dataclasses.replace(
+            self, query=self.query.take(heads), key=self.key.take(kv_heads), value=self.value.take(kv_heads)
+        )
 
 
 @dataclass(frozen=True)
@@ -98,13 +144,7 @@ def layer_norm(module: nn.LayerNorm) -> Norm:
 
 def rms_norm(weight: Tensor, eps: float) -> Norm:
     """``x / sqrt(mean(x^2) + eps) * weight``, in float32 or better, returned in the dtype of ``x``."""
-
-    def norm(x: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return normed.to(x.dtype) * weight
-
-    return norm
+    return lambda x: ops.rms_norm(x, weight, eps)
 
 
 def linear_heads(layer: nn.Linear, heads: int) -> Projection:

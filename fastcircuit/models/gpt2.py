@@ -1,13 +1,16 @@
 """GPT-2: learned positions, LayerNorm, fused q/k/v in a transposed linear layer."""
 
-from torch import Tensor
-from transformers import GPT2LMHeadModel
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
 
 from fastcircuit.errors import InputError
 from fastcircuit.models.anatomy import Anatomy, Attention, Block, Projection, layer_norm
 
 
-def gpt2(model: GPT2LMHeadModel) -> Anatomy:
+def gpt2(model: Any) -> Anatomy:
     """The anatomy of a ``GPT2LMHeadModel``."""
     if model.config.add_cross_attention:
         raise InputError("a GPT-2 with cross-attention is not supported; set add_cross_attention=False")
@@ -24,7 +27,7 @@ def gpt2(model: GPT2LMHeadModel) -> Anatomy:
     )
 
 
-def _block(block) -> Block:
+def _block(block: Any) -> Block:
     attention = block.attn
     heads, d_head = attention.num_heads, attention.head_dim
     qkv = attention.c_attn.weight.view(-1, 3, heads, d_head).permute(1, 2, 0, 3)
@@ -41,5 +44,11 @@ def _block(block) -> Block:
             scale=attention.scaling,
         ),
         mlp_norm=layer_norm(block.ln_2),
-        mlp=block.mlp,
+        mlp=_mlp(block.mlp),
     )
+
+
+def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """The block's MLP; GPT-2's own activation, written out in Hugging Face, as the one operation it is."""
+    act = nn.GELU(approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act
+    return lambda x: mlp.c_proj(act(mlp.c_fc(x)))

@@ -1,13 +1,14 @@
 """Llama: rotary positions, RMSNorm, grouped-query attention, gated MLP."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcircuit.models.anatomy import Anatomy, Attention, Block, linear_heads, linear_output, rms_norm
 
 
-def llama(model: nn.Module, windows: Sequence[int | None] | None = None) -> Anatomy:
+def llama(model: Any, windows: Sequence[int | None] | None = None) -> Anatomy:
     """The anatomy of a ``LlamaForCausalLM``, or of a model with the same parts (mistral.py, qwen2.py).
 
     Args:
@@ -33,7 +34,7 @@ def llama(model: nn.Module, windows: Sequence[int | None] | None = None) -> Anat
     )
 
 
-def _block(layer: nn.Module, window: int | None) -> Block:
+def _block(layer: Any, window: int | None) -> Block:
     attention, norm, mlp_norm = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
     heads = attention.config.num_attention_heads
     kv_heads = attention.config.num_key_value_heads

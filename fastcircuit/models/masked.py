@@ -41,7 +41,8 @@ class MaskedCausalLM(nn.Module):
     Args:
         model: a GPT-2, Llama, Mistral or Qwen2 ``...ForCausalLM``; put in eval mode, its parameters frozen.
         embedding_nodes: ``split``, ``joint`` or ``none`` (see :class:`fastcircuit.graph.Graph`).
-        recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster).
+        recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster);
+            None: keep them while they are estimated to take at most a GiB.
         backend: which ``masked_read`` to use: ``auto``, ``reference``, ``cpu`` or ``triton``.
     """
 
@@ -49,7 +50,7 @@ class MaskedCausalLM(nn.Module):
         self,
         model: PreTrainedModel,
         embedding_nodes: EmbeddingNodes = "split",
-        recompute: bool = True,
+        recompute: bool | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -58,6 +59,8 @@ class MaskedCausalLM(nn.Module):
         self.graph = Graph.from_config(model.config, embedding_nodes)
         self.recompute = recompute
         self.backend = backend
+        self.name: str | None = model.config.name_or_path or None
+        self._anatomy: tuple[tuple[int, torch.device, torch.dtype], Anatomy] | None = None
 
     @classmethod
     def from_pretrained(
@@ -65,7 +68,7 @@ class MaskedCausalLM(nn.Module):
         name: str,
         *,
         embedding_nodes: EmbeddingNodes = "split",
-        recompute: bool = True,
+        recompute: bool | None = None,
         backend: str = "auto",
         **kwargs: Any,
     ) -> "MaskedCausalLM":
@@ -82,7 +85,9 @@ class MaskedCausalLM(nn.Module):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
-        return cls(model, embedding_nodes, recompute, backend)
+        masked = cls(model, embedding_nodes, recompute, backend)
+        masked.name = name
+        return masked
 
     @property
     def config(self) -> Any:
@@ -98,15 +103,18 @@ class MaskedCausalLM(nn.Module):
 
     @property
     def anatomy(self) -> Anatomy:
-        """The parts of the model, as views of its current weights."""
-        return ARCHITECTURES[self.config.model_type](self.model)
+        """The parts of the model, as views of its current weights (new ones when the weights have moved)."""
+        place = next(self.model.parameters()).data_ptr(), self.device, self.dtype
+        if self._anatomy is None or self._anatomy[0] != place:
+            self._anatomy = place, ARCHITECTURES[self.config.model_type](self.model)
+        return self._anatomy[1]
 
     @property
     def about(self) -> dict[str, Any]:
         """What identifies the model in a circuit file."""
         config = self.config
         return {
-            "name": config.name_or_path or None,
+            "name": self.name,
             "architecture": config.model_type,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
@@ -159,12 +167,26 @@ class MaskedCausalLM(nn.Module):
             read = self.final_read(token_ids, packing, ablated, masks, answers).index_select(0, places)
         return MaskedCausalLMOutput(logits=_arrange(self.unembed(read), packing, positions))
 
-    def final_read(self, token_ids: Tensor, packing: Packing, ablated: States, masks: Masks, answers: Tensor) -> Tensor:
-        """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``."""
+    def final_read(
+        self,
+        token_ids: Tensor,
+        packing: Packing,
+        ablated: States,
+        masks: Masks,
+        answers: Tensor,
+        skip_zeros: bool = False,
+    ) -> Tensor:
+        """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
+
+        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`).
+        """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
         product = masks.product(self.graph).to(device=self.device, dtype=self.mask_dtype)
-        return MaskedRun(anatomy, self.graph, packing, embeds, ablated, answers, self.recompute, self.backend)(product)
+        run = MaskedRun(
+            anatomy, self.graph, packing, embeds, ablated, answers, self.recompute, skip_zeros, self.backend
+        )
+        return run(product)
 
     @property
     def mask_dtype(self) -> torch.dtype:

@@ -1,12 +1,12 @@
 """Qwen2: Llama with q/k/v biases (found on the layers themselves) and a sliding window in some layers."""
 
-from torch import nn
+from typing import Any
 
 from fastcircuit.models.anatomy import Anatomy
 from fastcircuit.models.llama import llama
 
 
-def qwen2(model: nn.Module) -> Anatomy:
+def qwen2(model: Any) -> Anatomy:
     """The anatomy of a ``Qwen2ForCausalLM``."""
     config = model.config
     return llama(

@@ -32,11 +32,11 @@ class States:
 
     def take(self, tokens: Tensor) -> "States":
         """The states of the given packed tokens, ``[N]``."""
-        picked = {
-            name: value if value.shape[1] == 1 else value.index_select(1, tokens)
-            for name, value in (("embeds", self.embeds), ("heads", self.heads), ("mlps", self.mlps))
-        }
-        return dataclasses.replace(self, **picked)
+        embeds, heads, mlps = (
+            value if value.shape[1] == 1 else value.index_select(1, tokens)
+            for value in (self.embeds, self.heads, self.mlps)
+        )
+        return States(embeds, heads, mlps, self.has_output_bias)
 
     def to(self, device: torch.device) -> "States":
         return dataclasses.replace(
@@ -79,25 +79,27 @@ def _token_mean(values: Tensor) -> Tensor:
 
 def attend(
     attention: Attention,
-    query_in: Tensor,
-    key_in: Tensor,
-    value_in: Tensor,
+    projected: tuple[Tensor, ...],
     rotary: Rotary,
     packing: Packing,
     causal: bool,
+    head_to_kv: Tensor | None = None,
 ) -> Tensor:
-    """One block's attention up to, not including, the output projection.
+    """One block's attention between the projections in front of it and the one behind it.
 
     Args:
-        query_in, key_in, value_in: normalised inputs of every head, ``[H or 1, T, d]`` and ``[KV or 1, T, d]``.
+        projected: queries ``[H, T, d_head]``, keys and values ``[KV, T, d_head]``.
+        head_to_kv: key/value head of every head, ``[H]``; None: consecutive groups of equal size.
 
     Returns:
         ``[T, H * d_head]``.
     """
-    query, key = attention.query(query_in), attention.key(key_in)
+    query, key, value = projected
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-    return packing.attention(query, key, attention.value(value_in), attention.scale, causal, attention.window)
+    if head_to_kv is not None:
+        key, value = key.index_select(0, head_to_kv), value.index_select(0, head_to_kv)
+    return packing.attention(query, key, value, attention.scale, causal, attention.window)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def output_projection(attention: Attention) -> Tensor:
 
 @torch.no_grad()
 def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple[States, Tensor]:
-    """The plain model on packed tokens ``[T]``: what every writer wrote, and the last stream, ``[T, d]``."""
+    """The plain model on packed tokens ``[T]``: what every writer wrote, and the final stream ``[T, d]``."""
     embeds = anatomy.embed(token_ids, packing.position_ids)
     rotary = None if anatomy.rotary is None else anatomy.rotary(packing.position_ids)
     stream = torch.stack(embeds).sum(0)
@@ -124,7 +126,7 @@ def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple
     for block in anatomy.blocks:
         attention = block.attention
         x = attention.norm(stream)[None]
-        out = attend(attention, x, x, x, rotary, packing, anatomy.causal)
+        out = attend(attention, tuple(part(x) for part in attention.projections), rotary, packing, anatomy.causal)
         stream = stream + out @ output_projection(attention)
         if attention.out_bias is not None:
             stream = stream + attention.out_bias

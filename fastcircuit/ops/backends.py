@@ -12,9 +12,10 @@ from fastcircuit.errors import InputError
 _LAUNCHERS = {
     "reference": "fastcircuit.ops.reference",
     "cpu": "fastcircuit.ops.cpu",
+    "triton": "fastcircuit.ops.triton",
 }
 BACKENDS = ("auto", *_LAUNCHERS)
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 @functools.cache
@@ -34,7 +35,11 @@ def missing_reason(backend: str) -> str | None:
 def unsupported_reasons(op: str, backend: str, *tensors: Tensor | None) -> list[str]:
     """Why ``backend`` cannot run ``op`` on these tensors, given in the order of the op; empty if it can."""
     missing = missing_reason(backend)
-    return [missing] if missing else launcher(backend).unsupported(op, *tensors)
+    if missing:
+        return [missing]
+    if not hasattr(launcher(backend), op):
+        return [f"it has no {op}"]
+    return launcher(backend).unsupported(op, *tensors)
 
 
 def choose(op: str, backend: str, *tensors: Tensor | None) -> Callable:
@@ -53,11 +58,17 @@ def choose(op: str, backend: str, *tensors: Tensor | None) -> Callable:
 
 
 def _best(op: str, tensors: tuple[Tensor | None, ...]) -> ModuleType:
-    device = next(t.device.type for t in tensors if t is not None)
-    for name in _PREFERENCE.get(device, ()):
-        if missing_reason(name) is None and not launcher(name).unsupported(op, *tensors):
-            return launcher(name)
+    first = tensors[0]
+    assert first is not None
+    for module in _usable(first.device.type):
+        if hasattr(module, op) and not module.unsupported(op, *tensors):
+            return module
     return launcher("reference")
+
+
+@functools.cache
+def _usable(device: str) -> tuple[ModuleType, ...]:
+    return tuple(launcher(name) for name in _PREFERENCE.get(device, ()) if missing_reason(name) is None)
 
 
 def available_backends() -> dict[str, str | None]:

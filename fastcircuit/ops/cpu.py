@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastcircuit.errors import InputError
+from fastcircuit.ops import reference
+from fastcircuit.ops.layout import layout_reasons
 
 # Torch comes first on purpose: its OpenMP runtime then serves the extension too, and there is one pool of threads.
 try:
@@ -62,27 +64,26 @@ def force_isa(name: str | None) -> None:
 
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
-    first = 0 if op == "masked_read" else 1
-    stream = tensors[first]
+    if op.startswith("rms_norm"):
+        return _unsupported_by_rms_norm(tensors[-2])
+    stream = tensors[0 if op == "masked_read" else 1]
     assert stream is not None
-    reasons = []
+    reasons = layout_reasons(op, tensors)
     if stream.device.type != "cpu":
         reasons.append(f"stream is on {stream.device}, not on the CPU")
     if stream.dtype not in _CODES:
         reasons.append(f"stream is {stream.dtype}; the kernels have float32, float64 and bfloat16")
-    if not _has_dense_rows(stream):
-        reasons.append("the [T, d] of each stream row is not contiguous, or rows overlap")
-    if op == "masked_read_backward_" and tensors[3] is not None and not _has_dense_rows(tensors[3]):
-        reasons.append("the [T, d] of each grad_stream row is not contiguous, or rows overlap")
     return reasons
 
 
-def _has_dense_rows(tensor: Tensor) -> bool:
-    writers, tokens, width = tensor.shape
-    row, token, one = tensor.stride()
-    if (one == 1 or width == 1) and (token == width or tokens == 1) and (row >= tokens * width or writers == 1):
-        return True
-    return tensor.numel() == 0
+def _unsupported_by_rms_norm(x: Tensor | None) -> list[str]:
+    assert x is not None
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"x is on {x.device}, not on the CPU")
+    if x.dtype not in _CODES:
+        reasons.append(f"x is {x.dtype}; the kernels have float32, float64 and bfloat16")
+    return reasons
 
 
 def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
@@ -137,7 +138,7 @@ def _backward(
     writers, tokens, width = stream.shape
     if not grad_reads.is_contiguous():
         grad_reads = grad_reads.contiguous()
-    sums = torch.empty(mask.shape, dtype=torch.float64) if needs_mask_grad else None
+    grad_mask = mask.new_empty(mask.shape) if needs_mask_grad else None
     _C.masked_read_backward(  # type: ignore[union-attr]
         _isa,
         torch.get_num_threads(),
@@ -155,6 +156,86 @@ def _backward(
         0 if grad_stream is None else grad_stream.data_ptr(),
         0 if grad_stream is None else grad_stream.stride(0),
         accumulate,
-        0 if sums is None else sums.data_ptr(),
+        0 if grad_mask is None else grad_mask.data_ptr(),
     )
-    return None if sums is None else sums.to(mask.dtype)
+    return grad_mask
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight``."""
+    x, x_strides = _rows(x)
+    weight = weight.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    width = x.shape[-1]
+    _C.rms_norm(  # type: ignore[union-attr]
+        _isa,
+        torch.get_num_threads(),
+        _CODES[x.dtype],
+        x.numel() // max(width, 1),
+        width,
+        x.data_ptr(),
+        x_strides,
+        weight.data_ptr(),
+        eps,
+        y.data_ptr(),
+    )
+    return y
+
+
+def rms_norm_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``rms_norm`` as new tensors; None for one that is not needed."""
+    # Weights are frozen in circuit discovery, so their gradient has no kernel of its own.
+    _, grad_weight = reference.rms_norm_grads(grad, x, weight, eps, False, True) if needs_weight else (None, None)
+    return _rms_norm_grad_x(grad, x, weight, eps) if needs_x else None, grad_weight
+
+
+def _rms_norm_grad_x(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    grad, grad_strides = _rows(grad)
+    x, x_strides = _rows(x)
+    weight = weight.contiguous()
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    width = x.shape[-1]
+    _C.rms_norm_backward(  # type: ignore[union-attr]
+        _isa,
+        torch.get_num_threads(),
+        _CODES[x.dtype],
+        x.numel() // max(width, 1),
+        width,
+        grad.data_ptr(),
+        grad_strides,
+        x.data_ptr(),
+        x_strides,
+        weight.data_ptr(),
+        eps,
+        grad_x.data_ptr(),
+    )
+    return grad_x
+
+
+def _rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """``tensor [..., d]``, copied only if need be, and where its rows lie: rows in a group, group and row stride."""
+    if not tensor.is_contiguous():
+        strides = _row_strides(tensor)
+        if strides is not None:
+            return tensor, strides
+        tensor = tensor.contiguous()
+    width = tensor.shape[-1]
+    return tensor, (max(tensor.numel() // max(width, 1), 1), 0, width)
+
+
+def _row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
+    """The leading axes of ``tensor`` merged to at most two; None if it takes more, or rows are not contiguous."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    axes: list[tuple[int, int]] = []  # (size, stride), innermost first
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if axes and stride == axes[-1][0] * axes[-1][1]:
+            axes[-1] = (size * axes[-1][0], axes[-1][1])
+        elif size != 1:
+            axes.append((size, stride))
+    if len(axes) > 2:
+        return None
+    (rows, row_stride), (_, group_stride) = (*axes, (1, 0), (1, 0))[:2]
+    return rows, group_stride, row_stride

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastcircuit.errors import InputError
 from fastcircuit.ops import schema  # noqa: F401  (registers the ops)
 from fastcircuit.ops.backends import choose
+from fastcircuit.ops.eager import any_requires_grad, plain_eager
 
 _STREAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
@@ -37,7 +38,7 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None = None, *, bac
     Source: the interpolated read of Edge Pruning (Bhaskar et al., 2024, section 3), in terms of differences.
     """
     _check_operands("masked_read", stream, mask, base)
-    if _plain_eager(stream) and not (torch.is_grad_enabled() and _any_requires_grad(stream, mask, base)):
+    if plain_eager(stream) and not (torch.is_grad_enabled() and any_requires_grad(stream, mask, base)):
         return choose("masked_read", backend, stream, mask, base)(stream, mask, base)
     return torch.ops.fastcircuit.masked_read.default(stream, mask, base, backend)
 
@@ -80,29 +81,15 @@ def masked_read_backward_(
     """
     _check_operands("masked_read_backward_", stream, mask, None)
     _check_gradients("masked_read_backward_", grad_reads, stream, mask, grad_stream)
-    if torch.is_grad_enabled() and _any_requires_grad(grad_reads, stream, mask, grad_stream):
+    if torch.is_grad_enabled() and any_requires_grad(grad_reads, stream, mask, grad_stream):
         raise InputError("masked_read_backward_: a tensor requires grad; call it under torch.no_grad()")
-    if _plain_eager(stream):
+    if plain_eager(stream):
         run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream)
         return run(grad_reads, stream, mask, grad_stream, needs_mask_grad)
     grad_mask = torch.ops.fastcircuit.masked_read_backward_.default(
         grad_reads, stream, mask, grad_stream, needs_mask_grad, backend
     )
     return grad_mask if needs_mask_grad else None
-
-
-def _plain_eager(stream: Tensor) -> bool:
-    """Whether nothing watches the call, so that the dispatcher (and its microseconds) can be left out."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(stream) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check_operands(op: str, stream: Tensor, mask: Tensor, base: Tensor | None) -> None:

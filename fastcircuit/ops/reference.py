@@ -50,3 +50,31 @@ def masked_read_grads(
     grad_stream = torch.zeros_like(stream, memory_format=torch.contiguous_format) if needs_stream else None
     grad_mask = masked_read_backward_(grad_reads, stream, mask, grad_stream, needs_mask)
     return grad_stream, grad_mask
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)``, rounded to the dtype of ``x``, times ``weight``."""
+    return (_normalised(x, eps)[0].to(x.dtype) * weight).contiguous()
+
+
+def rms_norm_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ``rms_norm`` as new tensors, each rounded once; None for one that is not needed."""
+    normed, rstd = _normalised(x, eps)
+    grad = grad.to(normed.dtype)
+    grad_x = grad_weight = None
+    if needs_x:
+        grad_normed = grad * weight
+        along_x = (grad_normed * normed).mean(-1, keepdim=True)
+        grad_x = (rstd * (grad_normed - normed * along_x)).to(x.dtype).contiguous()
+    if needs_weight:
+        grad_weight = (grad * normed.to(x.dtype)).sum_to_size(weight.shape).to(x.dtype)
+    return grad_x, grad_weight
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x * rstd`` and ``rstd = 1 / sqrt(mean(x^2) + eps)``, in the accumulation dtype."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * rstd, rstd

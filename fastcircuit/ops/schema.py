@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastcircuit.errors import InputError
 from fastcircuit.ops.backends import choose
+from fastcircuit.ops.eager import any_requires_grad, plain_eager
 
 _LIB = torch.library.Library("fastcircuit", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -89,7 +90,7 @@ def _backward(ctx, grad_reads: Tensor):
     stream, mask = ctx.saved_tensors
     grad_stream = grad_mask = None
     if needs_stream or needs_mask:
-        # The op wants both operands; the one nothing reads is a placeholder that costs no memory.
+        # The op wants both operands; the one nothing reads is a placeholder one row large.
         stream = _placeholder(grad_reads, *ctx.stream_like) if stream is None else stream
         mask = _placeholder(grad_reads, *ctx.mask_like) if mask is None else mask
         grad_stream, grad_mask = torch.ops.fastcircuit.masked_read_grads.default(
@@ -100,7 +101,7 @@ def _backward(ctx, grad_reads: Tensor):
 
 
 def _placeholder(near: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.empty((), dtype=dtype, device=near.device).expand(shape)
+    return torch.empty(shape[1:], dtype=dtype, device=near.device).expand(shape)
 
 
 def _no_second_derivative(ctx, *grads: Tensor):
@@ -109,3 +110,69 @@ def _no_second_derivative(ctx, *grads: Tensor):
 
 torch.library.register_autograd("fastcircuit::masked_read", _backward, setup_context=_save, lib=_LIB)
 torch.library.register_autograd("fastcircuit::masked_read_grads", _no_second_derivative, lib=_LIB)
+
+
+_LIB.define("rms_norm(Tensor x, Tensor weight, float eps, str backend) -> Tensor", tags=_TAGS)
+_LIB.define(
+    "rms_norm_grads(Tensor grad, Tensor x, Tensor weight, float eps, bool needs_x, bool needs_weight, str backend)"
+    " -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl(_LIB, "rms_norm", "CompositeExplicitAutograd")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    return choose("rms_norm", backend, x, weight)(x, weight, eps)
+
+
+@torch.library.register_fake("fastcircuit::rms_norm", lib=_LIB)
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl(_LIB, "rms_norm_grads", "CompositeExplicitAutograd")
+def _rms_norm_grads(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs_x: bool, needs_weight: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    run = choose("rms_norm_grads", backend, grad, x, weight)
+    grad_x, grad_weight = run(grad, x, weight, eps, needs_x, needs_weight)
+    return (
+        _absent(x) if grad_x is None else grad_x,
+        _absent(weight) if grad_weight is None else grad_weight,
+    )
+
+
+@torch.library.register_fake("fastcircuit::rms_norm_grads", lib=_LIB)
+def _rms_norm_grads_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs_x: bool, needs_weight: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape) if needs_x else _absent(x),
+        weight.new_empty(weight.shape) if needs_weight else _absent(weight),
+    )
+
+
+def rms_norm_save(ctx, inputs, output) -> None:
+    """Keep what :func:`rms_norm_backward` reads."""
+    x, weight, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def rms_norm_backward(ctx, grad: Tensor):
+    """The gradients of ``(x, weight, eps, backend)``; those of ``x`` and ``weight`` only where needed."""
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    x, weight = ctx.saved_tensors
+    arguments = (grad, x, weight, ctx.eps, needs_x, needs_weight)
+    if plain_eager(grad) and not (torch.is_grad_enabled() and any_requires_grad(grad, x, weight)):
+        grad_x, grad_weight = choose("rms_norm_grads", ctx.backend, grad, x, weight)(*arguments)
+    else:
+        grad_x, grad_weight = torch.ops.fastcircuit.rms_norm_grads.default(*arguments, ctx.backend)
+    return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None
+
+
+def _no_second_derivative_of_rms_norm(ctx, *grads: Tensor):
+    raise InputError("rms_norm: second derivatives are not implemented; accepted is one backward pass")
+
+
+torch.library.register_autograd("fastcircuit::rms_norm", rms_norm_backward, setup_context=rms_norm_save, lib=_LIB)
+torch.library.register_autograd("fastcircuit::rms_norm_grads", _no_second_derivative_of_rms_norm, lib=_LIB)

@@ -5,19 +5,30 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import InputError, RunError
+from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
+from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Pair, Task
-
 from tests.models.tiny import tiny_model
 
-QUICK = Settings(steps=24, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=16)
+QUICK = Settings(
+    steps=24,
+    batch_size=4,
+    learning_rate=0.3,
+    learning_rate_warmup=2,
+    sparsity_warmup=16,
+    refine_surplus=4,
+    refine_swaps=4,
+)
 
 
 def make_task(num=10, vocabulary=41, seed=0):
@@ -59,8 +70,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(model):
     assert torch.equal(first.history, again.history)
     assert first.circuit == again.circuit
     assert not torch.equal(first.masks.edge, other.masks.edge)
-
-
 
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(model, tmp_path):
@@ -145,7 +154,7 @@ def test_a_checkpoint_never_holds_nan(model, tmp_path):
     run.step()
     with torch.no_grad():
         run.parameters.edge[3] = float("inf")
-    with pytest.raises(RunError, match="step 1: .*nothing was saved"):
+    with pytest.raises(RunError, match=r"step 1: .*nothing was saved"):
         run.save(checkpoint)
     assert not checkpoint.exists()
 
@@ -167,6 +176,33 @@ def test_dangling_edges_do_not_count():
     order = [("tok_embeds", "a1.h0.q"), ("tok_embeds", "resid_post"), ("pos_embeds", "resid_post")]
     scores = np.array([3.0 - order.index(edge) if edge in order else -1.0 for edge in graph.edges])
     assert top_circuit(graph, scores, 2).edges == order[1:]
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "mean"])
+def test_refining_lowers_the_training_kl_and_keeps_the_size(model, ablation):
+    reference = Reference(model, make_task().split("train"), ablation)
+    scores = np.random.default_rng(0).normal(size=model.graph.num_edges)
+    circuit = top_circuit(model.graph, scores, 40, ablation)
+    rounds = []
+    refined = Refiner(reference, on_round=lambda done, most, kl: rounds.append(kl)).swap(circuit, 30)
+    before, after = (mean_kl(reference, Masks.from_circuit(each)) for each in (circuit, refined))
+    assert after < 0.9 * before
+    assert refined.num_edges == 40
+    assert rounds == sorted(rounds, reverse=True)
+    assert rounds[-1] == pytest.approx(after, rel=1e-4)
+
+
+def test_elimination_is_the_greedy_one(model):
+    reference = Reference(model, make_task().split("train"))
+    refiner = Refiner(reference)
+    circuit = top_circuit(model.graph, np.random.default_rng(1).normal(size=model.graph.num_edges), 12)
+    left = refiner.eliminate(circuit, 11)
+    without = [
+        Circuit(model.graph, circuit.keep & (np.arange(len(circuit.keep)) != e)).pruned()
+        for e in np.flatnonzero(circuit.keep)
+    ]
+    assert refiner.kl(left) == min(refiner.kl(each) for each in without if each.num_edges == 11)
+    assert refiner.eliminate(circuit, 5).num_edges == 5
 
 
 BAD_CALLS = {

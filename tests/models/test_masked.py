@@ -188,6 +188,38 @@ def test_weights_are_shared_not_copied():
     assert block.attention.query.weight.data_ptr() in own
 
 
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.1, 0.5])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("name", "nodes"), [("gpt2", "split"), ("llama-biases-head-dim", "none"), ("llama", "joint")])
+def test_skipping_zeros_changes_nothing(name, nodes, recompute, density):
+    model = MaskedCausalLM(tiny_model(name), nodes, recompute=recompute)
+    clean, corrupted = pair()
+    generator = torch.Generator().manual_seed(3)
+    on = torch.rand(model.graph.num_edges, generator=generator) < density
+    edge = (random_masks(model.graph).edge.detach() * on).requires_grad_()
+    states, _, packing = model.run(corrupted)
+    tokens = torch.tensor([3, 5, 11])
+    reads = [
+        model.final_read(clean.flatten(), packing, ablated, Masks(edge), tokens, skip_zeros)
+        for ablated in (states, states.mean(), states.zero("split"), states.zero("kept"))
+        for skip_zeros in (False, True)
+    ]
+    for whole, skipped in zip(reads[::2], reads[1::2], strict=True):
+        torch.testing.assert_close(skipped, whole, rtol=1e-12, atol=1e-12)
+        gradients = [torch.autograd.grad(read.square().sum(), edge)[0] for read in (whole, skipped)]
+        torch.testing.assert_close(gradients[1][edge != 0], gradients[0][edge != 0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_second_backward_says_why_it_cannot():
+    model = MaskedCausalLM(tiny_model("gpt2"))
+    clean, corrupted = pair()
+    masks = random_masks(model.graph)
+    loss = model(clean, corrupted_input_ids=corrupted, masks=masks).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward only"):
+        loss.backward()
+
+
 def test_recompute_and_keeping_give_the_same_gradients():
     results = []
     for recompute in (True, False):

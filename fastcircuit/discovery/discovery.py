@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import upstream
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
+from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
@@ -26,6 +27,7 @@ from fastcircuit.tasks.task import Task
 
 METHODS = ("edge-pruning",)
 DEFAULT_SPARSITY = 0.95
+MOST_TO_ELIMINATE = 256
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def discover(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_report: Callable[[Report], None] | None = None,
+    on_round: OnRound | None = None,
     **changes: Any,
 ) -> Discovery:
     """Find the circuit of ``task`` in ``model`` on its train split.
@@ -78,6 +81,7 @@ def discover(
         settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
         checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
         on_report: called every few steps with a :class:`Report`.
+        on_round: called after every round of refinement with the rounds done, the most there are, and the training KL.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.
@@ -101,12 +105,10 @@ def discover(
             raise InputError("resume needs the checkpoint to resume from")
         run.resume(path)
     run.run(path, on_report=on_report)
-    return _finish(run, task, num_edges)
+    return _finish(run, task, num_edges, on_round)
 
 
-def _edges_wanted(
-    model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None
-) -> int | None:
+def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None) -> int | None:
     if sparsity is not None and edges is not None:
         raise InputError("give sparsity or edges, not both")
     if edges is not None:
@@ -118,13 +120,28 @@ def _edges_wanted(
     return edges_for_sparsity(model.graph, sparsity)
 
 
-def _finish(run: EdgePruning, task: Task, num_edges: int | None) -> Discovery:
+def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) -> Circuit:
+    """The surest ``num_edges`` edges; refined, the better, by training KL, of those and of what elimination leaves of a
+    few more, after swaps.
+    """
+    graph, settings, scores = run.model.graph, run.settings, run.parameters.scores()
+    if not settings.refine:
+        return top_circuit(graph, scores, num_edges, settings.ablation)
+    refiner = Refiner(run.reference, on_round=on_round)
+    more = min(graph.num_edges, num_edges + settings.refine_surplus)
+    surest, larger = (top_circuit(graph, scores, size, settings.ablation) for size in (num_edges, more))
+    if num_edges <= MOST_TO_ELIMINATE:
+        surest = min(surest, refiner.eliminate(larger, num_edges), key=refiner.kl)
+    return refiner.swap(surest, settings.refine_swaps)
+
+
+def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:
     settings, parameters = run.settings, run.parameters
     if settings.upstream_compat:
         circuit = upstream.published_circuit(parameters, num_edges)
     else:
         assert num_edges is not None
-        circuit = top_circuit(run.model.graph, parameters.scores(), num_edges, settings.ablation)
+        circuit = _best_of_size(run, num_edges, on_round)
     circuit = dataclasses.replace(
         circuit,
         model=run.model.about,

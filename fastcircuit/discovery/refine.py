@@ -1,0 +1,125 @@
+"""Refinement of a finished circuit by the KL it really has on training examples: eliminate, then swap.
+
+*Elimination* starts from more edges than asked for, the surest first, and removes the edge whose removal costs least,
+measured, until the size is right. Measured costs of earlier rounds order the candidates, and only the cheapest are
+measured again (lazy greedy).
+
+*Swapping* uses the gradient of the KL at the hard circuit, which estimates to first order what adding an edge gains and
+removing one costs: each round swaps the few kept edges that seem to cost least for the missing ones that seem to gain
+most, and keeps the swap only if the measured KL fell. The number of edges never changes.
+"""
+
+import heapq
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from fastcircuit.circuit import Circuit
+from fastcircuit.discovery.rounding import top_circuit
+from fastcircuit.evaluation.faithfulness import mean_kl
+from fastcircuit.evaluation.metrics import kl_divergence
+from fastcircuit.evaluation.reference import Reference
+from fastcircuit.masks import Masks
+
+MOST_EXAMPLES = 256
+MOST_SWAPS = 8
+BATCH_SIZE = 256
+
+OnRound = Callable[[int, int, float], None]
+
+
+class Refiner:
+    """Measures circuits on the first ``most_examples`` of ``reference``.
+
+    Args:
+        on_round: called with the rounds done, the rounds there are at most, and the KL so far.
+    """
+
+    def __init__(
+        self, reference: Reference, most_examples: int = MOST_EXAMPLES, on_round: OnRound | None = None
+    ) -> None:
+        self.reference = reference
+        indices = torch.arange(min(most_examples, len(reference)))
+        self.batches = [reference.batch(chunk) for chunk in indices.split(BATCH_SIZE)]
+        self.on_round = on_round
+
+    def kl(self, circuit: Circuit) -> float:
+        """The circuit's mean KL, in nats."""
+        return mean_kl(self.reference, Masks.from_circuit(circuit), self.batches)
+
+    def eliminate(self, circuit: Circuit, num_edges: int) -> Circuit:
+        """Remove edges, the cheapest first, until ``num_edges`` are left that matter."""
+        total = circuit.num_edges - num_edges
+        kl = self.kl(circuit)
+        costs = [(self._kl_without(circuit, edge), edge) for edge in np.flatnonzero(circuit.keep).tolist()]
+        heapq.heapify(costs)
+        while circuit.num_edges > num_edges and costs:
+            _, edge = heapq.heappop(costs)
+            candidate = _without(circuit, edge)
+            if not circuit.keep[edge] or candidate.num_edges < num_edges:
+                continue
+            kl = self.kl(candidate)
+            if costs and kl > costs[0][0]:
+                heapq.heappush(costs, (kl, edge))
+                continue
+            circuit = candidate
+            self._report(total - (circuit.num_edges - num_edges), total, kl)
+        return circuit
+
+    def swap(self, circuit: Circuit, rounds: int) -> Circuit:
+        """Up to ``rounds`` rounds of swaps; the KL does not rise."""
+        kl, gradient = self.kl(circuit), self._gradient(circuit)
+        swaps, tried = MOST_SWAPS, np.zeros(circuit.graph.num_edges, dtype=bool)
+        for number in range(rounds):
+            candidate = _swapped(circuit, gradient, swaps, tried)
+            if candidate is None:
+                break
+            new_kl = self.kl(candidate)
+            if new_kl < kl:
+                circuit, kl, gradient = candidate, new_kl, self._gradient(candidate)
+                swaps = min(MOST_SWAPS, 2 * swaps)
+                tried[:] = False
+            elif swaps > 1:
+                swaps //= 2
+            else:
+                tried |= candidate.keep != circuit.keep
+            self._report(number + 1, rounds, kl)
+        return circuit
+
+    def _kl_without(self, circuit: Circuit, edge: int) -> float:
+        return self.kl(_without(circuit, edge))
+
+    def _gradient(self, circuit: Circuit) -> np.ndarray:
+        """Gradient of the circuit's mean KL in every edge's mask, kept or not, ``[num_edges]``."""
+        reference, model = self.reference, self.reference.model
+        mask = Masks.from_circuit(circuit).edge.to(model.device, model.mask_dtype).requires_grad_()
+        total = sum(batch.size for batch in self.batches)
+        for batch in self.batches:
+            read = model.final_read(batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens)
+            divergence = kl_divergence(batch.answers.log_probs, reference.restrict(model.unembed(read)))
+            (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()
+        assert mask.grad is not None
+        return mask.grad.double().cpu().numpy()
+
+    def _report(self, done: int, most: int, kl: float) -> None:
+        if self.on_round is not None:
+            self.on_round(done, most, kl)
+
+
+def _without(circuit: Circuit, edge: int) -> Circuit:
+    """The circuit less one edge and whatever that leaves dangling."""
+    keep = circuit.keep.copy()
+    keep[edge] = False
+    return Circuit(circuit.graph, keep, ablation=circuit.ablation).pruned()
+
+
+def _swapped(circuit: Circuit, gradient: np.ndarray, swaps: int, tried: np.ndarray) -> Circuit | None:
+    """The circuit with ``swaps`` edges swapped that have not been ``tried``; None when there are none left."""
+    gain = np.where(circuit.keep, np.inf, np.where(tried, -np.inf, -gradient))
+    removable = np.flatnonzero(circuit.keep & ~tried)
+    if not len(removable) or not np.isfinite(gain[~circuit.keep]).any():
+        return None
+    out = removable[np.argsort(-gradient[removable], kind="stable")[:swaps]]
+    gain[out] = -np.inf
+    return top_circuit(circuit.graph, gain, circuit.num_edges, circuit.ablation)

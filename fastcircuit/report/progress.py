@@ -1,0 +1,91 @@
+"""Progress of a discovery run: a bar with rate and time left on a terminal, a line at every tenth elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from fastcircuit.discovery.edge_pruning import Report
+
+
+class Watcher(Protocol):
+    """What a run calls while it goes on."""
+
+    def on_report(self, report: Report) -> None:
+        """After some steps of optimisation."""
+
+    def on_round(self, done: int, most: int, kl: float) -> None:
+        """After a round of refinement."""
+
+
+@contextmanager
+def watch(console: Console) -> Iterator[Watcher]:
+    """Show a run on ``console``."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = [
+        TextColumn("{task.description:10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    ]
+    with Progress(*columns, console=console) as progress:
+        yield _Bars(progress)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:5.1f}/s")
+
+
+class _Bars:
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.bars = {"discover": progress.add_task("discover", total=None, numbers="")}
+
+    def on_report(self, report: Report) -> None:
+        self._show("discover", report.step + 1, report.steps, _numbers(report))
+
+    def on_round(self, done: int, most: int, kl: float) -> None:
+        self._show("refine", done, most, f"training KL {kl:.3f}")
+
+    def _show(self, name: str, done: int, total: int, numbers: str) -> None:
+        if name not in self.bars:
+            self.bars[name] = self.progress.add_task(name, total=total, numbers="")
+        self.progress.update(self.bars[name], completed=done, total=total, numbers=numbers)
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.tenths: dict[str, int] = {}
+
+    def on_report(self, report: Report) -> None:
+        self._show("discover", report.step + 1, report.steps, _numbers(report))
+
+    def on_round(self, done: int, most: int, kl: float) -> None:
+        self._show("refine", done, most, f"training KL {kl:.3f}")
+
+    def _show(self, name: str, done: int, total: int, numbers: str) -> None:
+        tenth = 10 * done // total
+        if tenth != self.tenths.get(name, 0):
+            self.tenths[name] = tenth
+            self.console.print(f"{name} {done}/{total}  {numbers}", markup=False, soft_wrap=True)
+
+
+def _numbers(report: Report) -> str:
+    return f"KL {report.kl:.3f}  sparsity {report.edge_sparsity:.1%}"
