@@ -18,7 +18,7 @@ from fastcircuit.tasks import load_task
 
 MODEL, TASK, EDGES = "stories260K", "pronoun", 170
 # A short run, so that the whole story takes about a minute on two cores.
-SETTINGS = Settings(steps=300, learning_rate_warmup=40, sparsity_warmup=250, refine=False)
+SETTINGS = Settings(refine=False)
 # What the README states of the demo's circuit, on prompts with names it has not seen.
 WORST_KL = 0.25
 LEAST_ACCURACY = 0.75
@@ -67,7 +67,13 @@ def run_demo(
     started = time.perf_counter()
     run = Run(out, overwrite=True)
     circuit = run.discover(
-        model, task, "edge-pruning", SETTINGS.changed({"seed": seed}), edges=EDGES, on_report=on_report, on_round=on_round
+        model,
+        task,
+        "edge-pruning",
+        SETTINGS.changed({"seed": seed}),
+        edges=EDGES,
+        on_report=on_report,
+        on_round=on_round,
     )
     seconds = time.perf_counter() - started
     pictures = [out / name for name in PICTURES]
