@@ -248,7 +248,7 @@ def test_demo(answer):
 
 
 def test_a_demo_worse_than_stated_fails(run, monkeypatch):
-    monkeypatch.setattr(demo, "Settings", lambda seed: Settings(seed=seed, steps=2))
+    monkeypatch.setattr(demo, "SETTINGS", Settings(steps=2, refine=False))
     code, out, err = run("demo", "--out", "shown", "--json")
     assert code == 1
     assert json.loads(out)["files"] == [f"shown/{name}" for name in sorted(os.listdir("shown"), key=_as_written)]
