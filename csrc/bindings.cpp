@@ -9,7 +9,8 @@
 
 #include "isa.h"
 #include "masked_read.h"
-#include "rms_norm.h"
+#include "norm.h"
+#include "packed_attention.h"
 
 namespace py = pybind11;
 using namespace fastcircuit;
@@ -20,6 +21,13 @@ const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
 
 // How many rows follow each other, the distance between such groups, and between the rows of one.
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+// Of packed_attention: heads, key/value heads, tokens, width of a head; number of sequences, the longest, and the
+// addresses of their starts and of every head's key/value head; query, key, value; rotary width, cos, sin.
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using Sequences = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t>;
+using Addresses = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+using Rotary = std::tuple<int64_t, uintptr_t, uintptr_t>;
 
 RowView row_view(uintptr_t data, const Strides& strides) {
   return {reinterpret_cast<const void*>(data), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
@@ -56,26 +64,63 @@ void run_backward(int isa, int threads, int dtype, int mask_dtype, int grad_stre
   masked_read_backward(p);
 }
 
-void run_rms_norm(int isa, int threads, int dtype, int64_t rows, int64_t width, uintptr_t x, const Strides& x_strides,
-                  uintptr_t weight, double eps, uintptr_t y) {
-  RmsNormParams p{};
-  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype);
+void run_norm(int isa, int threads, int dtype, bool centered, int64_t rows, int64_t width, uintptr_t x,
+              const Strides& x_strides, uintptr_t weight, uintptr_t bias, double eps, uintptr_t y) {
+  NormParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype), p.centered = centered;
   p.rows = rows, p.width = width, p.eps = eps;
   p.x = row_view(x, x_strides), p.weight = reinterpret_cast<const void*>(weight);
-  p.y = reinterpret_cast<void*>(y);
-  rms_norm(p);
+  p.bias = reinterpret_cast<const void*>(bias), p.y = reinterpret_cast<void*>(y);
+  norm(p);
 }
 
-void run_rms_norm_backward(int isa, int threads, int dtype, int64_t rows, int64_t width, uintptr_t grad,
-                           const Strides& grad_strides, uintptr_t x, const Strides& x_strides, uintptr_t weight,
-                           double eps, uintptr_t grad_x) {
-  RmsNormParams p{};
-  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype);
+void run_norm_backward(int isa, int threads, int dtype, bool centered, int64_t rows, int64_t width, uintptr_t grad,
+                       const Strides& grad_strides, uintptr_t x, const Strides& x_strides, uintptr_t weight,
+                       double eps, uintptr_t grad_x) {
+  NormParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype), p.centered = centered;
   p.rows = rows, p.width = width, p.eps = eps;
   p.grad = row_view(grad, grad_strides), p.x = row_view(x, x_strides);
   p.weight = reinterpret_cast<const void*>(weight);
   p.grad_x = reinterpret_cast<void*>(grad_x);
-  rms_norm_backward(p);
+  norm_backward(p);
+}
+
+AttentionParams attention_params(int isa, int threads, int dtype, const Sizes& sizes, const Sequences& sequences,
+                                 const Addresses& inputs, const Rotary& rotary, double scale, bool causal,
+                                 int64_t window) {
+  AttentionParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype);
+  std::tie(p.heads, p.kv_heads, p.tokens, p.width) = sizes;
+  p.sequences = std::get<0>(sequences), p.longest = std::get<1>(sequences);
+  p.starts = reinterpret_cast<const int64_t*>(std::get<2>(sequences));
+  p.kv_of_head = reinterpret_cast<const int64_t*>(std::get<3>(sequences));
+  p.query = reinterpret_cast<const void*>(std::get<0>(inputs));
+  p.key = reinterpret_cast<const void*>(std::get<1>(inputs));
+  p.value = reinterpret_cast<const void*>(std::get<2>(inputs));
+  p.rotary = std::get<0>(rotary);
+  p.cos = reinterpret_cast<const void*>(std::get<1>(rotary)), p.sin = reinterpret_cast<const void*>(std::get<2>(rotary));
+  p.scale = scale, p.causal = causal, p.window = window;
+  return p;
+}
+
+void run_attention(int isa, int threads, int dtype, const Sizes& sizes, const Sequences& sequences,
+                   const Addresses& inputs, const Rotary& rotary, double scale, bool causal, int64_t window,
+                   uintptr_t out) {
+  AttentionParams p = attention_params(isa, threads, dtype, sizes, sequences, inputs, rotary, scale, causal, window);
+  p.out = reinterpret_cast<void*>(out);
+  packed_attention(p);
+}
+
+void run_attention_backward(int isa, int threads, int dtype, const Sizes& sizes, const Sequences& sequences,
+                            const Addresses& inputs, const Rotary& rotary, double scale, bool causal, int64_t window,
+                            uintptr_t grad_out, const Addresses& grads) {
+  AttentionParams p = attention_params(isa, threads, dtype, sizes, sequences, inputs, rotary, scale, causal, window);
+  p.grad_out = reinterpret_cast<const void*>(grad_out);
+  p.grad_query = reinterpret_cast<void*>(std::get<0>(grads));
+  p.grad_key = reinterpret_cast<void*>(std::get<1>(grads));
+  p.grad_value = reinterpret_cast<void*>(std::get<2>(grads));
+  packed_attention_backward(p);
 }
 
 std::vector<std::string> runnable_isas() {
@@ -91,8 +136,10 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled CPU kernels of fastcircuit.";
   module.def("masked_read", &run_read, py::call_guard<py::gil_scoped_release>());
   module.def("masked_read_backward", &run_backward, py::call_guard<py::gil_scoped_release>());
-  module.def("rms_norm", &run_rms_norm, py::call_guard<py::gil_scoped_release>());
-  module.def("rms_norm_backward", &run_rms_norm_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("norm", &run_norm, py::call_guard<py::gil_scoped_release>());
+  module.def("norm_backward", &run_norm_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("packed_attention", &run_attention, py::call_guard<py::gil_scoped_release>());
+  module.def("packed_attention_backward", &run_attention_backward, py::call_guard<py::gil_scoped_release>());
   module.def("runnable_isas", &runnable_isas, "Instruction sets this machine can run, slowest first.");
 #ifdef _OPENMP
   module.attr("openmp") = true;

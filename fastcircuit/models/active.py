@@ -64,6 +64,34 @@ class Active:
             self._weights[site.name] = block
         return self._weights[site.name]
 
+    def num_attention_readers(self, layer: int) -> int:
+        """Live readers of a layer's heads."""
+        site = self.graph.attention_site(layer)
+        return int(self._readers[site.first_reader : site.first_reader + site.num_readers].sum())
+
+    def layer_weights(self, layer: int, mask: Tensor) -> Tensor:
+        """What a layer reads of the layers below: the heads' live readers, then its MLP if it is live."""
+        key = f"layer {layer}"
+        if key not in self._weights:
+            parts = [self.weights(self.graph.attention_site(layer), mask)]
+            if self.is_live(self.graph.mlp_writer(layer)):
+                parts.append(self.weights(self.graph.mlp_site(layer), mask)[:, : parts[0].shape[1]])
+            self._weights[key] = torch.cat(parts)
+        return self._weights[key]
+
+    def mlp_head_weights(self, layer: int, mask: Tensor) -> Tensor:
+        """What a layer's MLP reads of its live heads, ``[1, n]``."""
+        return self.weights(self.graph.mlp_site(layer), mask)[:, self.row(self.graph.head_writer(layer)) :]
+
+    def store_layer(self, layer: int, grad_mask: Tensor, grad: Tensor, of_heads: Tensor | None) -> None:
+        """Put the gradients of ``layer_weights`` and ``mlp_head_weights`` (None: no live heads) where they belong."""
+        readers = self.num_attention_readers(layer)
+        if readers:
+            self.store(self.graph.attention_site(layer), grad_mask, grad[:readers])
+        if len(grad) > readers:
+            of_mlp = grad[readers:] if of_heads is None else torch.cat([grad[readers:], of_heads], dim=1)
+            self.store(self.graph.mlp_site(layer), grad_mask, of_mlp)
+
     def store(self, site: Site, grad_mask: Tensor, grad: Tensor) -> None:
         """Put a live block's gradient where it belongs."""
         block = site.view(grad_mask)

@@ -10,11 +10,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastcircuit import ops
 
-Norm = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm (``centered``) or RMSNorm of each token, statistics in float32 or better.
+
+    Args:
+        weight: ``[d]``.
+        bias: ``[d]``, or None.
+        eps: added to the variance, or to the mean square.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centered: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., d] -> [..., d]``."""
+        if self.centered:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Turn ``grad``, that of the norm of ``x``, into the gradient of ``x``, in place."""
+        return ops.norm_backward_(grad, x, self.weight, self.eps, self.centered)
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,10 @@ class Projection:
         bias = None if self.bias is None else self.bias.index_select(0, heads)
         return Projection(self.weight.index_select(0, heads), bias)
 
+    def backward(self, grad: Tensor, grad_x: Tensor) -> None:
+        """Write the gradient of ``x`` ``[heads, T, d]`` into ``grad_x``, given that of the result."""
+        torch.bmm(grad, self.weight.transpose(1, 2), out=grad_x)
+
     def __call__(self, x: Tensor) -> Tensor:
         """``[heads, T, d] -> [heads, T, d_head]``; ``x`` may be ``[1, T, d]`` when every head reads the same."""
         if x.shape[0] == 1 and self.heads > 1:
@@ -45,32 +72,6 @@ class Projection:
         if self.bias is None:
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias, x, self.weight)
-
-
-def project(reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-    """Each projection of its own slice of ``reads`` ``[sum of heads, T, d]``, in order: ``[heads, T, d_head]`` each.
-
-    Equivalent to splitting ``reads`` and projecting the parts, but the gradient is written in place instead of being
-    put together from parts; weights get none.
-    """
-    return _Project.apply(reads, projections)
-
-
-class _Project(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, reads: Tensor, projections: tuple[Projection, ...]) -> tuple[Tensor, ...]:
-        ctx.projections, ctx.shape = projections, reads.shape
-        parts = reads.split([projection.heads for projection in projections])
-        return tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_reads = grads[0].new_empty(ctx.shape)
-        parts = grad_reads.split([projection.heads for projection in ctx.projections])
-        for projection, part, grad in zip(ctx.projections, parts, grads, strict=True):
-            torch.bmm(grad, projection.weight.transpose(1, 2), out=part)
-        return grad_reads, None
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,13 @@ class Anatomy:
 
 
 def layer_norm(module: nn.LayerNorm) -> Norm:
-    """The LayerNorm of ``module`` (statistics in float32 or better)."""
-    return module
+    """The LayerNorm of ``module``."""
+    return Norm(module.weight, module.bias, module.eps, centered=True)
 
 
 def rms_norm(weight: Tensor, eps: float) -> Norm:
-    """``x / sqrt(mean(x^2) + eps) * weight``, in float32 or better, returned in the dtype of ``x``."""
-    return lambda x: ops.rms_norm(x, weight, eps)
+    """``x / sqrt(mean(x^2) + eps) * weight``."""
+    return Norm(weight, None, eps, centered=False)
 
 
 def linear_heads(layer: nn.Linear, heads: int) -> Projection:

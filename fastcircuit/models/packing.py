@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fastcircuit.errors import InputError
 
+# Up to this length the packed kernel is at least as fast as torch's attention over padded sequences.
+SHORT = 256
+
 
 class Packing:
     """Which positions of a ``[B, S]`` batch hold real tokens.
@@ -51,6 +54,16 @@ class Packing:
     @cached_property
     def longest(self) -> int:
         return self.shape[1] if self.real is None else int(self.lengths.max())
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the packed attention kernel is the faster one."""
+        return self.longest <= SHORT
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """First packed token of every row, then T, on the CPU: ``[B + 1]``."""
+        return torch.nn.functional.pad(self.lengths.cpu().cumsum(0), (1, 0))
 
     @cached_property
     def token_index(self) -> Tensor:

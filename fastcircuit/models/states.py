@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastcircuit.models.anatomy import Anatomy, Attention
 from fastcircuit.models.packing import Packing
+from fastcircuit.ops import packed_attention
+from fastcircuit.ops.packed_attention import runs_packed
+from fastcircuit.ops.reference import rotate
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -95,20 +98,23 @@ def attend(
         ``[T, H * d_head]``.
     """
     query, key, value = projected
+    if packing.is_short and runs_packed(query, key):
+        return packed_attention(
+            query,
+            key,
+            value,
+            packing.starts,
+            scale=attention.scale,
+            kv_of_head=head_to_kv,
+            rotary=rotary,
+            causal=causal,
+            window=attention.window,
+        )
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
     if head_to_kv is not None:
         key, value = key.index_select(0, head_to_kv), value.index_select(0, head_to_kv)
     return packing.attention(query, key, value, attention.scale, causal, attention.window)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
-    width = cos.shape[-1]
-    part, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
-    first, second = part.chunk(2, dim=-1)
-    turned = part * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned if rest is None else torch.cat((turned, rest), dim=-1)
 
 
 def output_projection(attention: Attention) -> Tensor:

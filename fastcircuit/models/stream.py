@@ -8,22 +8,30 @@ Forward fills D block by block without building a graph. Backward walks the bloc
 from its reads (or takes up the graph that was kept), differentiates it alone, and adds into one gradient buffer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcircuit.graph import Graph, Site
+from fastcircuit.graph import Graph
 from fastcircuit.models.active import Active
-from fastcircuit.models.anatomy import Anatomy, Block, project
+from fastcircuit.models.anatomy import Anatomy
+from fastcircuit.models.components import AttentionRun, MlpRun
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
 from fastcircuit.ops import masked_read, masked_read_backward_
 
 # Readers' inputs up to this size are kept for backward rather than computed twice.
 KEEP_BYTES = 2**30
+
+
+@dataclass
+class LayerRun:
+    """The parts of one layer that are live."""
+
+    attention: AttentionRun | None = None
+    mlp: MlpRun | None = None
 
 
 @dataclass
@@ -54,8 +62,8 @@ class MaskedRun:
     backend: str = "auto"
     active: Active = field(init=False)
     stream: Tensor | None = field(init=False, default=None)
-    bases: list[Tensor] = field(init=False, default_factory=list)
-    kept: dict[str, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)
+    _bases: list[Tensor] = field(init=False, default_factory=list)
+    _layers: list["LayerRun | None"] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         positions = self.packing.position_ids
@@ -79,11 +87,9 @@ class MaskedRun:
         _, tokens, width = self.embeds.shape
         self.stream = self.embeds.new_empty(self.active.num_writers, tokens, width)
         base = self._write_embeddings()
-        for layer, block in enumerate(self.anatomy.blocks):
-            self.bases.append(base)
-            base = self._write_attention(layer, block, mask, base, keep_graphs)
-            self.bases.append(base)
-            base = self._write_mlp(layer, block, mask, base, keep_graphs)
+        for layer in range(self.graph.num_layers):
+            run, base = self._run_layer(layer, mask, base, keep_graphs)
+            self._layers.append(run if keep_graphs else None)
         weights = self.active.weights(self.graph.final_site, mask)
         answers = self.stream.index_select(1, self.answers)
         return masked_read(answers, weights, base.index_select(0, self.answers), backend=self.backend)[0]
@@ -96,9 +102,8 @@ class MaskedRun:
         grad_mask = torch.zeros_like(mask)
         self._backward_final_read(mask, grad_read, grad_stream, grad_mask)
         for layer in reversed(range(self.graph.num_layers)):
-            block = self.anatomy.blocks[layer]
-            self._backward_mlp(layer, block, mask, grad_stream, grad_mask)
-            self._backward_attention(layer, block, mask, grad_stream, grad_mask)
+            run = self._layers.pop() or self._run_layer(layer, mask, self._bases[layer], keep_graphs=True)[0]
+            self._backward_layer(layer, run, mask, grad_stream, grad_mask)
         self.stream = None
         return grad_mask
 
@@ -114,123 +119,115 @@ class MaskedRun:
                 torch.sub(clean[writer], ablated[writer], out=self._stream_row(writer))
         return ablated.sum(0)
 
-    def _write_attention(self, layer: int, block: Block, mask: Tensor, base: Tensor, keep_graph: bool) -> Tensor:
-        """Write the live heads' rows; returns the base with the ablated heads added."""
-        attention, ablated = block.attention, self.ablated.heads[layer]
-        heads = self.active.heads(layer)
-        if len(heads):
-            out = self._run_site(
-                self.graph.attention_site(layer), mask, base, self._attention(layer, block), keep_graph
-            )
-            reference = ablated if self.active.everything else _take_heads(ablated, heads, self.graph.num_heads)
-            rows = self._head_rows(self.stream, layer)
-            weight = attention.out_weight if self.active.everything else attention.out_weight.index_select(0, heads)
-            torch.bmm((out - reference).unflatten(1, (len(heads), -1)).transpose(0, 1), weight, out=rows)
-            if attention.out_bias is not None and not self.ablated.has_output_bias:
-                rows += attention.out_bias / self.graph.num_heads
-        written = ablated @ output_projection(attention)
-        if attention.out_bias is not None and self.ablated.has_output_bias:
-            written = written + attention.out_bias
-        return base + written
+    def _run_layer(self, layer: int, mask: Tensor, base: Tensor, keep_graphs: bool) -> tuple["LayerRun", Tensor]:
+        """Write a layer's live rows; returns what its backward needs, and the base with the ablated layer added.
 
-    def _write_mlp(self, layer: int, block: Block, mask: Tensor, base: Tensor, keep_graph: bool) -> Tensor:
-        """Write the MLP's row if it is live; returns the base with the ablated MLP added."""
-        writer, ablated = self.graph.mlp_writer(layer), self.ablated.mlps[layer]
-        if self.active.is_live(writer):
-            out = self._run_site(self.graph.mlp_site(layer), mask, base, self._mlp(block), keep_graph)
-            torch.sub(out, ablated, out=self._stream_row(writer))
-        return base + ablated
+        The heads' reads and what the MLP reads of earlier layers are one ``masked_read``: they share the stream.
+        """
+        if len(self._bases) == layer:
+            self._bases.append(base)
+        readers = self.active.num_attention_readers(layer)
+        stream = self._rows_before(self.stream, layer)
+        reads = masked_read(stream, self.active.layer_weights(layer, mask), base, backend=self.backend)
+        run = LayerRun()
+        if readers:
+            run.attention = self._attention(layer, reads[:readers])
+            self._write_heads(layer, run.attention.forward(keep_graphs))
+        written = self._ablated_heads(layer)
+        if self.active.is_live(self.graph.mlp_writer(layer)):
+            read = reads[readers:] + written
+            if readers:
+                weights = self.active.mlp_head_weights(layer, mask)
+                read = masked_read(self._head_rows(self.stream, layer), weights, read[0], backend=self.backend)
+            run.mlp = MlpRun(self.anatomy.blocks[layer], read[0])
+            row = self._stream_row(self.graph.mlp_writer(layer))
+            torch.sub(run.mlp.forward(keep_graphs), self.ablated.mlps[layer], out=row)
+        return run, base + written + self.ablated.mlps[layer]
 
-    def _backward_attention(
-        self, layer: int, block: Block, mask: Tensor, grad_stream: Tensor, grad_mask: Tensor
+    def _backward_layer(
+        self, layer: int, run: "LayerRun", mask: Tensor, grad_stream: Tensor, grad_mask: Tensor
     ) -> None:
-        base, heads = self.bases.pop(), self.active.heads(layer)
-        if not len(heads):
-            return
-        weight = block.attention.out_weight
+        """Differentiate a layer alone, and pass its gradient on to the masks and rows it reads."""
+        assert self.stream is not None
+        weights = self.active.layer_weights(layer, mask)
+        readers = self.active.num_attention_readers(layer)
+        grad_reads = grad_stream.new_empty(weights.shape[0], *grad_stream.shape[1:])
+        of_heads = None
+        if run.mlp is not None:
+            grad_reads[readers] = run.mlp.backward(grad_stream[self.active.row(self.graph.mlp_writer(layer))])
+            if readers:
+                of_heads = self._add_gradients(
+                    grad_reads[readers:],
+                    self._head_rows(self.stream, layer),
+                    self.active.mlp_head_weights(layer, mask),
+                    self._head_rows(grad_stream, layer),
+                )
+        if run.attention is not None:
+            weight = self._out_weight(layer).transpose(1, 2)
+            grad_out = torch.bmm(self._head_rows(grad_stream, layer), weight).transpose(0, 1).flatten(1)
+            run.attention.backward(grad_out, grad_reads[:readers])
+        stream, grad = self._rows_before(self.stream, layer), self._rows_before(grad_stream, layer)
+        grad_weights = self._add_gradients(grad_reads, stream, weights, grad)
+        self.active.store_layer(layer, grad_mask, grad_weights, of_heads)
+
+    def _attention(self, layer: int, reads: Tensor) -> AttentionRun:
+        """The live heads of a layer, on their reads."""
+        attention, head_to_kv = self.anatomy.blocks[layer].attention, None
         if not self.active.everything:
-            weight = weight.index_select(0, heads)
-        rows = self._head_rows(grad_stream, layer)
-        grad_out = torch.bmm(rows, weight.transpose(1, 2)).transpose(0, 1).flatten(1)
-        site = self.graph.attention_site(layer)
-        self._backward_site(site, mask, base, self._attention(layer, block), grad_out, grad_stream, grad_mask)
+            live = self.active.heads(layer)
+            group = self.graph.num_heads // self.graph.num_kv_heads
+            groups, head_to_kv = torch.unique(live // group, return_inverse=True)
+            attention = attention.take(live, groups)
 
-    def _backward_mlp(self, layer: int, block: Block, mask: Tensor, grad_stream: Tensor, grad_mask: Tensor) -> None:
-        base, writer = self.bases.pop(), self.graph.mlp_writer(layer)
-        if not self.active.is_live(writer):
-            return
-        grad_out = grad_stream[self.active.row(writer)]
-        site = self.graph.mlp_site(layer)
-        self._backward_site(site, mask, base, self._mlp(block), grad_out, grad_stream, grad_mask)
-
-    def _attention(self, layer: int, block: Block) -> Callable[[Tensor], Tensor]:
-        """Reads of the live readers, ``[n, T, d]``, to the live heads' outputs, ``[T, live heads * d_head]``."""
-
-        def run(reads: Tensor) -> Tensor:
-            attention, head_to_kv = block.attention, None
-            if not self.active.everything:
-                live = self.active.heads(layer)
-                group = self.graph.num_heads // self.graph.num_kv_heads
-                groups, head_to_kv = torch.unique(live // group, return_inverse=True)
-                attention = attention.take(live, groups)
-            projected = project(attention.norm(reads), attention.projections)
+        def run(projected: tuple[Tensor, ...]) -> Tensor:
             return attend(attention, projected, self.rotary, self.packing, self.anatomy.causal, head_to_kv)
 
-        return run
+        return AttentionRun(attention, run, reads)
 
-    @staticmethod
-    def _mlp(block: Block) -> Callable[[Tensor], Tensor]:
-        return lambda reads: block.mlp(block.mlp_norm(reads[0]))
+    def _write_heads(self, layer: int, out: Tensor) -> None:
+        """Write the live heads' rows from their outputs before the output projection."""
+        attention, ablated = self.anatomy.blocks[layer].attention, self.ablated.heads[layer]
+        heads = self.active.heads(layer)
+        if not self.active.everything:
+            ablated = _take_heads(ablated, heads, self.graph.num_heads)
+        rows = self._head_rows(self.stream, layer)
+        difference = (out - ablated).unflatten(1, (len(heads), -1)).transpose(0, 1)
+        torch.bmm(difference, self._out_weight(layer), out=rows)
+        if attention.out_bias is not None and not self.ablated.has_output_bias:
+            rows += attention.out_bias / self.graph.num_heads
+
+    def _ablated_heads(self, layer: int) -> Tensor:
+        """What the ablated heads of a layer write together, ``[T, d]`` (or ``[1, d]``)."""
+        attention = self.anatomy.blocks[layer].attention
+        written = self.ablated.heads[layer] @ output_projection(attention)
+        if attention.out_bias is not None and self.ablated.has_output_bias:
+            written = written + attention.out_bias
+        return written
+
+    def _out_weight(self, layer: int) -> Tensor:
+        """Output projections of the live heads, ``[n, d_head, d]``."""
+        weight = self.anatomy.blocks[layer].attention.out_weight
+        return weight if self.active.everything else weight.index_select(0, self.active.heads(layer))
 
     def _stream_row(self, writer: int) -> Tensor:
         assert self.stream is not None
         return self.stream[self.active.row(writer)]
 
+    def _rows_before(self, rows: Tensor | None, layer: int) -> Tensor:
+        """Rows of the live writers below a layer, of the stream or of its gradient."""
+        assert rows is not None
+        return rows[: self.active.row(self.graph.head_writer(layer))]
+
     def _head_rows(self, rows: Tensor | None, layer: int) -> Tensor:
-        """The live heads' rows of the stream or of its gradient."""
+        """Rows of a layer's live heads, of the stream or of its gradient."""
         assert rows is not None
         return rows[self.active.row(self.graph.head_writer(layer)) : self.active.row(self.graph.mlp_writer(layer))]
 
-    def _read(self, site: Site, mask: Tensor, base: Tensor) -> Tensor:
-        assert self.stream is not None
-        stream = self.stream[: self.active.row(site.num_writers)]
-        return masked_read(stream, self.active.weights(site, mask), base, backend=self.backend)
-
-    def _run_site(
-        self, site: Site, mask: Tensor, base: Tensor, component: Callable[[Tensor], Tensor], keep_graph: bool
-    ) -> Tensor:
-        reads = self._read(site, mask, base)
-        if not keep_graph:
-            return component(reads)
-        with torch.enable_grad():
-            out = component(reads.requires_grad_())
-        self.kept[site.name] = reads, out
-        return out.detach()
-
-    def _backward_site(
-        self,
-        site: Site,
-        mask: Tensor,
-        base: Tensor,
-        component: Callable[[Tensor], Tensor],
-        grad_out: Tensor,
-        grad_stream: Tensor,
-        grad_mask: Tensor,
-    ) -> None:
-        """Differentiate one component alone, and pass its gradient on to the masks and rows it reads."""
-        assert self.stream is not None
-        if site.name in self.kept:
-            reads, out = self.kept.pop(site.name)
-        else:
-            reads = self._read(site, mask, base)
-            with torch.enable_grad():
-                out = component(reads.requires_grad_())
-        (grad_reads,) = torch.autograd.grad(out, reads, grad_out)
-        del reads, out
-        count = self.active.row(site.num_writers)
-        weights = self.active.weights(site, mask)
-        grad = _mask_gradient(grad_reads, self.stream[:count], weights, grad_stream[:count], backend=self.backend)
-        self.active.store(site, grad_mask, grad)
+    def _add_gradients(self, grad_reads: Tensor, stream: Tensor, weights: Tensor, grad_stream: Tensor) -> Tensor:
+        """Add to the stream's gradient in place; returns the mask's."""
+        grad = masked_read_backward_(grad_reads, stream, weights, grad_stream, backend=self.backend)
+        assert grad is not None
+        return grad
 
     def _backward_final_read(self, mask: Tensor, grad_read: Tensor, grad_stream: Tensor, grad_mask: Tensor) -> None:
         assert self.stream is not None
@@ -238,16 +235,9 @@ class MaskedRun:
         answers = self.stream.index_select(1, self.answers)
         grad_answers = torch.zeros_like(answers)
         weights = self.active.weights(site, mask)
-        grad = _mask_gradient(grad_read[None].contiguous(), answers, weights, grad_answers, self.backend)
+        grad = self._add_gradients(grad_read[None].contiguous(), answers, weights, grad_answers)
         self.active.store(site, grad_mask, grad)
         grad_stream.index_copy_(1, self.answers, grad_answers)
-
-
-def _mask_gradient(grad_reads: Tensor, stream: Tensor, weights: Tensor, grad_stream: Tensor, backend: str) -> Tensor:
-    """Add to the stream's gradient in place; returns the mask's."""
-    grad = masked_read_backward_(grad_reads, stream, weights, grad_stream, backend=backend)
-    assert grad is not None
-    return grad
 
 
 def _take_heads(heads: Tensor, index: Tensor, num_heads: int) -> Tensor:

@@ -2,6 +2,16 @@
 
 from fastcircuit.ops.backends import available_backends, unsupported_reasons
 from fastcircuit.ops.masked_read import masked_read, masked_read_backward_
-from fastcircuit.ops.rms_norm import rms_norm
+from fastcircuit.ops.norms import layer_norm, norm_backward_, rms_norm
+from fastcircuit.ops.packed_attention import packed_attention
 
-__all__ = ["available_backends", "masked_read", "masked_read_backward_", "rms_norm", "unsupported_reasons"]
+__all__ = [
+    "available_backends",
+    "layer_norm",
+    "masked_read",
+    "masked_read_backward_",
+    "norm_backward_",
+    "packed_attention",
+    "rms_norm",
+    "unsupported_reasons",
+]

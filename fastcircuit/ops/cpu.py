@@ -1,11 +1,15 @@
 """Launches the C++ kernels: checks that tensors lie as they want, and passes addresses, shapes and strides."""
 
+import itertools
 import os
+from collections.abc import Callable
 from importlib import resources
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastcircuit.errors import InputError
 from fastcircuit.ops import reference
@@ -64,8 +68,8 @@ def force_isa(name: str | None) -> None:
 
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
-    if op.startswith("rms_norm"):
-        return _unsupported_by_rms_norm(tensors[-2])
+    if not op.startswith("masked_read"):
+        return _unsupported_kind("query" if op == "packed_attention" else "x", tensors[-2])
     stream = tensors[0 if op == "masked_read" else 1]
     assert stream is not None
     reasons = layout_reasons(op, tensors)
@@ -76,13 +80,13 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def _unsupported_by_rms_norm(x: Tensor | None) -> list[str]:
-    assert x is not None
+def _unsupported_kind(name: str, tensor: Tensor | None) -> list[str]:
+    assert tensor is not None
     reasons = []
-    if x.device.type != "cpu":
-        reasons.append(f"x is on {x.device}, not on the CPU")
-    if x.dtype not in _CODES:
-        reasons.append(f"x is {x.dtype}; the kernels have float32, float64 and bfloat16")
+    if tensor.device.type != "cpu":
+        reasons.append(f"{name} is on {tensor.device}, not on the CPU")
+    if tensor.dtype not in _CODES:
+        reasons.append(f"{name} is {tensor.dtype}; the kernels have float32, float64 and bfloat16")
     return reasons
 
 
@@ -163,19 +167,31 @@ def _backward(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``."""
+    return _norm(x, weight, None, eps, centered=False)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``."""
+    return _norm(x, weight, bias, eps, centered=True)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool) -> Tensor:
     x, x_strides = _rows(x)
     weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
-    _C.rms_norm(  # type: ignore[union-attr]
+    _C.norm(  # type: ignore[union-attr]
         _isa,
         torch.get_num_threads(),
         _CODES[x.dtype],
+        centered,
         x.numel() // max(width, 1),
         width,
         x.data_ptr(),
         x_strides,
         weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         eps,
         y.data_ptr(),
     )
@@ -192,15 +208,26 @@ def rms_norm_grads(
 
 
 def _rms_norm_grad_x(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _norm_backward(grad, x, weight, eps, False, grad_x)
+    return grad_x
+
+
+def norm_backward_(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered: bool) -> None:
+    """Overwrite ``grad`` with the gradient of ``x``."""
+    _norm_backward(grad, x, weight, eps, centered, grad)
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered: bool, grad_x: Tensor) -> None:
     grad, grad_strides = _rows(grad)
     x, x_strides = _rows(x)
     weight = weight.contiguous()
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
-    _C.rms_norm_backward(  # type: ignore[union-attr]
+    _C.norm_backward(  # type: ignore[union-attr]
         _isa,
         torch.get_num_threads(),
         _CODES[x.dtype],
+        centered,
         x.numel() // max(width, 1),
         width,
         grad.data_ptr(),
@@ -211,7 +238,6 @@ def _rms_norm_grad_x(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Ten
         eps,
         grad_x.data_ptr(),
     )
-    return grad_x
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -239,3 +265,69 @@ def _row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
         return None
     (rows, row_stride), (_, group_stride) = (*axes, (1, 0), (1, 0))[:2]
     return rows, group_stride, row_stride
+
+
+def packed_attention(*operands: Any) -> Tensor:
+    """Softmax attention of packed sequences (see :func:`fastcircuit.ops.packed_attention`)."""
+    out: Tensor = _PackedAttention.apply(*operands)
+    return out
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Saves the operands alone: backward computes the scores again."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, starts, kv_of_head, rotary, scale, causal, window):
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        ctx.save_for_backward(query, key, value)
+        ctx.call = _attention_call(query, key, starts, kv_of_head, rotary, scale, causal, window)
+        heads, tokens, width = query.shape
+        out = query.new_empty(tokens, heads * width)
+        _C.packed_attention(*ctx.call(query, key, value), out.data_ptr())  # type: ignore[union-attr]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value = ctx.saved_tensors
+        grad_out = grad_out.contiguous()
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        addresses = tuple(grad.data_ptr() for grad in grads)
+        _C.packed_attention_backward(  # type: ignore[union-attr]
+            *ctx.call(query, key, value), grad_out.data_ptr(), addresses
+        )
+        return (*grads, None, None, None, None, None, None)
+
+
+def _attention_call(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    kv_of_head: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]:
+    """What forward and backward pass to the kernel, given query, key and value. It keeps what it points to alive."""
+    starts, kv_of_head = starts.contiguous(), kv_of_head.contiguous()
+    tables = () if rotary is None else tuple(table.to(query.dtype).contiguous() for table in rotary)
+    bounds = starts.tolist()
+    longest = max((last - first for first, last in itertools.pairwise(bounds)), default=0)
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
+        heads, tokens, width = query.shape
+        return (
+            _isa,
+            torch.get_num_threads(),
+            _CODES[query.dtype],
+            (heads, key.shape[0], tokens, width),
+            (len(bounds) - 1, longest, starts.data_ptr(), kv_of_head.data_ptr()),
+            (query.data_ptr(), key.data_ptr(), value.data_ptr()),
+            (tables[0].shape[-1], *(table.data_ptr() for table in tables)) if tables else (0, 0, 0),
+            scale,
+            causal,
+            window or 0,
+        )
+
+    return call

@@ -78,3 +78,63 @@ def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x.to(accumulation_dtype(x.dtype))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide * rstd, rstd
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``, rounded once."""
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps).contiguous()
+
+
+def norm_backward_(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered: bool) -> None:
+    """Overwrite ``grad`` with the gradient of ``x``, rounded once."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    g = grad.to(wide.dtype) * weight
+    if centered:
+        wide = wide - wide.mean(-1, keepdim=True)
+        g = g - g.mean(-1, keepdim=True)
+    normed, rstd = _normalised(wide, eps)
+    grad.copy_(rstd * (g - normed * (g * normed).mean(-1, keepdim=True)))
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    kv_of_head: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Softmax attention, one sequence after the other, written out."""
+    if rotary is not None:
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+    key, value = key.index_select(0, kv_of_head), value.index_select(0, kv_of_head)
+    out = [
+        _attention(query[:, first:last], key[:, first:last], value[:, first:last], scale, causal, window)
+        for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+    ]
+    return torch.cat(out, dim=1).transpose(0, 1).flatten(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in the half-split layout, ``[H, T, d_head]``; the tables ``[T, d_rotary]`` may cover a part."""
+    width = cos.shape[-1]
+    part, rest = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    first, second = part.chunk(2, dim=-1)
+    turned = part * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if rest is None else torch.cat((turned, rest), dim=-1)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
+    wide = accumulation_dtype(query.dtype)
+    scores = query.to(wide) @ key.to(wide).transpose(1, 2) * scale
+    place = torch.arange(query.shape[1], device=query.device)
+    distance = place[:, None] - place[None, :]
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if causal:
+        hidden |= distance < 0
+    if window is not None:
+        hidden |= distance.abs() >= window
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value.to(wide)).to(value.dtype)

@@ -1,6 +1,6 @@
 // Compiled once per instruction set, with FC_ISA its name and FC_VECTOR_BYTES the size of its registers.
 // Each row is read twice, first for its sums and then, still in cache, for its results.
-#include "rms_norm.h"
+#include "norm.h"
 #include "simd.h"
 
 // For lambdas, which take no `inline`.
@@ -97,66 +97,101 @@ FC_INLINE double total(const Vec<A> (&parts)[kParts]) {
   return add_lanes<A>((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
-FC_INLINE double inverse_rms(double sum_of_squares, int64_t width, double eps) {
+FC_INLINE double inverse_root(double sum_of_squares, int64_t width, double eps) {
   return 1 / __builtin_sqrt(sum_of_squares / double(width) + eps);
 }
 
-template <class S, class A = typename Traits<S>::Accumulate>
-void forward(const RmsNormParams& p, int64_t begin, int64_t end) {
+// What LayerNorm takes from every number of a row before anything else.
+template <class S, bool Centered, class A = typename Traits<S>::Accumulate>
+FC_INLINE A mean_of(const S* x, int64_t width) {
+  if constexpr (!Centered) return A(0);
+  Vec<A> sums[kParts] = {};
+  for_vectors<A>(width, [&](int64_t c, int64_t lanes, int part) FC_ALWAYS_INLINE { sums[part] += load(x + c, lanes); });
+  return A(total<A>(sums) / double(width));
+}
+
+// x - mean; the lanes beyond the end of a row stay zero.
+template <class S, bool Centered, class A = typename Traits<S>::Accumulate>
+FC_INLINE Vec<A> centered(const S* x, int64_t lanes, A mean) {
+  const Vec<A> v = load(x, lanes);
+  if constexpr (!Centered) return v;
+  const Vec<A> shifted = v - splat(mean);
+  if (lanes == Simd<A>::kLanes) return shifted;
+  A kept[Simd<A>::kLanes] = {};
+  std::memcpy(kept, &shifted, sizeof(A) * lanes);
+  return Traits<A>::load(kept);
+}
+
+template <class S, bool Centered, class A = typename Traits<S>::Accumulate>
+void forward(const NormParams& p, int64_t begin, int64_t end) {
   const S* const weight = static_cast<const S*>(p.weight);
+  const S* const bias = static_cast<const S*>(p.bias);
   S* y = static_cast<S*>(p.y) + begin * p.width;
   Cursor<S> rows(p.x, begin);
   for (; begin < end; ++begin, rows.next(), y += p.width) {
     const S* const x = rows.row;
+    const A mean = mean_of<S, Centered>(x, p.width);
     Vec<A> squares[kParts] = {};
     for_vectors<A>(p.width, [&](int64_t c, int64_t lanes, int part) FC_ALWAYS_INLINE {
-      const Vec<A> xc = load(x + c, lanes);
+      const Vec<A> xc = centered<S, Centered>(x + c, lanes, mean);
       squares[part] += xc * xc;
     });
-    const Vec<A> rstd = splat(A(inverse_rms(total<A>(squares), p.width, p.eps)));
-    // Half precisions round the normalised value too, as Hugging Face's models do.
+    const Vec<A> rstd = splat(A(inverse_root(total<A>(squares), p.width, p.eps)));
     for_vectors<A>(p.width, [&](int64_t c, int64_t lanes, int) FC_ALWAYS_INLINE {
-      store(y + c, rounded<S>(load(x + c, lanes) * rstd) * load(weight + c, lanes), lanes);
+      const Vec<A> normed = centered<S, Centered>(x + c, lanes, mean) * rstd;
+      // Hugging Face's RMSNorms round the normalised value to a half precision too; LayerNorm rounds once.
+      Vec<A> yc = (Centered ? normed : rounded<S>(normed)) * load(weight + c, lanes);
+      if (bias) yc += load(bias + c, lanes);
+      store(y + c, yc, lanes);
     });
   }
 }
 
-// grad_x = rstd * (g - x * rstd^2 * mean(g * x)) with g = grad * weight; recomputing rstd is one more sum over
-// numbers that are being read anyway.
-template <class S, class A = typename Traits<S>::Accumulate>
-void backward(const RmsNormParams& p, int64_t begin, int64_t end) {
+// grad_x = rstd * (g - mean(g) - xc * rstd^2 * mean(g * xc)) with g = grad * weight and xc = x - mean(x); RMSNorm is
+// the same without the two means of x and g. Recomputing rstd is one more sum over numbers that are being read anyway.
+template <class S, bool Centered, class A = typename Traits<S>::Accumulate>
+void backward(const NormParams& p, int64_t begin, int64_t end) {
   const S* const weight = static_cast<const S*>(p.weight);
   S* grad_x = static_cast<S*>(p.grad_x) + begin * p.width;
   Cursor<S> rows(p.x, begin), grads(p.grad, begin);
   for (; begin < end; ++begin, rows.next(), grads.next(), grad_x += p.width) {
     const S* const x = rows.row;
     const S* const grad = grads.row;
-    Vec<A> squares[kParts] = {}, products[kParts] = {};
+    const A mean = mean_of<S, Centered>(x, p.width);
+    Vec<A> squares[kParts] = {}, products[kParts] = {}, sums[kParts] = {};
     for_vectors<A>(p.width, [&](int64_t c, int64_t lanes, int part) FC_ALWAYS_INLINE {
-      const Vec<A> xc = load(x + c, lanes);
+      const Vec<A> xc = centered<S, Centered>(x + c, lanes, mean);
+      const Vec<A> g = load(grad + c, lanes) * load(weight + c, lanes);
       squares[part] += xc * xc;
-      products[part] += load(grad + c, lanes) * load(weight + c, lanes) * xc;
+      products[part] += g * xc;
+      if constexpr (Centered) sums[part] += g;
     });
-    const double inverse = inverse_rms(total<A>(squares), p.width, p.eps);
+    const double inverse = inverse_root(total<A>(squares), p.width, p.eps);
     // In this order a tiny x, whose inverse is huge, does not overflow.
     const Vec<A> along_x = splat(A(total<A>(products) / double(p.width) * inverse * inverse));
-    const Vec<A> rstd = splat(A(inverse));
+    const Vec<A> rstd = splat(A(inverse)), mean_grad = splat(A(total<A>(sums) / double(p.width)));
     for_vectors<A>(p.width, [&](int64_t c, int64_t lanes, int) FC_ALWAYS_INLINE {
-      const Vec<A> g = load(grad + c, lanes) * load(weight + c, lanes);
-      store(grad_x + c, rstd * (g - load(x + c, lanes) * along_x), lanes);
+      Vec<A> g = load(grad + c, lanes) * load(weight + c, lanes);
+      if constexpr (Centered) g -= mean_grad;
+      store(grad_x + c, rstd * (g - centered<S, Centered>(x + c, lanes, mean) * along_x), lanes);
     });
   }
 }
 
-template <class S>
-constexpr RmsNormKernels kRmsNorm = {forward<S>, backward<S>};
+template <class S, bool Centered>
+constexpr NormKernels kNorm = {forward<S, Centered>, backward<S, Centered>};
+
+template <bool Centered>
+const NormKernels& kernels(Dtype dtype) {
+  if (dtype == Dtype::f64) return kNorm<double, Centered>;
+  if (dtype == Dtype::f32) return kNorm<float, Centered>;
+  return kNorm<Bf16, Centered>;
+}
 
 }  // namespace
 
-const RmsNormKernels& rms_norm_kernels(Dtype dtype) {
-  if (dtype == Dtype::f64) return kRmsNorm<double>;
-  if (dtype == Dtype::f32) return kRmsNorm<float>;
-  return kRmsNorm<Bf16>;
+const NormKernels& norm_kernels(Dtype dtype, bool centered) {
+  return centered ? kernels<true>(dtype) : kernels<false>(dtype);
 }
 
 }  // namespace FC_ISA
