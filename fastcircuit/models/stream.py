@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcircuit.graph import Graph
+from fastcircuit.graph import Graph, Site
 from fastcircuit.models.active import Active
 from fastcircuit.models.anatomy import Anatomy
 from fastcircuit.models.components import AttentionRun, MlpRun
@@ -62,8 +62,9 @@ class MaskedRun:
     backend: str = "auto"
     active: Active = field(init=False)
     stream: Tensor | None = field(init=False, default=None)
+    _top: Tensor | None = field(init=False, default=None)
     _bases: list[Tensor] = field(init=False, default_factory=list)
-    _layers: list["LayerRun | None"] = field(init=False, default_factory=list)
+    _layers: list[LayerRun | None] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         positions = self.packing.position_ids
@@ -85,14 +86,15 @@ class MaskedRun:
         on = (mask != 0).cpu().numpy() if self.skip_zeros else None
         self.active = Active(self.graph, on, mask.device)
         _, tokens, width = self.embeds.shape
-        self.stream = self.embeds.new_empty(self.active.num_writers, tokens, width)
+        below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
+        self.stream = self.embeds.new_empty(below_top, tokens, width)
         base = self._write_embeddings()
-        for layer in range(self.graph.num_layers):
+        for layer in range(self.graph.num_layers - 1):
             run, base = self._run_layer(layer, mask, base, keep_graphs)
             self._layers.append(run if keep_graphs else None)
-        weights = self.active.weights(self.graph.final_site, mask)
-        answers = self.stream.index_select(1, self.answers)
-        return masked_read(answers, weights, base.index_select(0, self.answers), backend=self.backend)[0]
+        run, read = self._run_top(mask, base, keep_graphs)
+        self._layers.append(run if keep_graphs else None)
+        return read
 
     def backward(self, mask: Tensor, grad_read: Tensor) -> Tensor:
         """Gradient of every edge's mask, ``[num_edges]``, from that of the final read, ``[N, d]``."""
@@ -100,11 +102,12 @@ class MaskedRun:
             raise RuntimeError("the masked forward pass keeps its stream for one backward only; run it again")
         grad_stream = torch.zeros_like(self.stream)
         grad_mask = torch.zeros_like(mask)
-        self._backward_final_read(mask, grad_read, grad_stream, grad_mask)
-        for layer in reversed(range(self.graph.num_layers)):
+        run = self._layers.pop() or self._run_top(mask, self._bases[-1], keep_graphs=True)[0]
+        self._backward_top(run, mask, grad_read, grad_stream, grad_mask)
+        for layer in reversed(range(self.graph.num_layers - 1)):
             run = self._layers.pop() or self._run_layer(layer, mask, self._bases[layer], keep_graphs=True)[0]
             self._backward_layer(layer, run, mask, grad_stream, grad_mask)
-        self.stream = None
+        self.stream = self._top = None
         return grad_mask
 
     def _write_embeddings(self) -> Tensor:
@@ -116,10 +119,10 @@ class MaskedRun:
             clean, ablated = clean.sum(0, keepdim=True), ablated.sum(0, keepdim=True)
         for writer in range(clean.shape[0]):
             if self.active.is_live(writer):
-                torch.sub(clean[writer], ablated[writer], out=self._stream_row(writer))
+                torch.sub(clean[writer], ablated[writer], out=self._row(self.stream, writer))
         return ablated.sum(0)
 
-    def _run_layer(self, layer: int, mask: Tensor, base: Tensor, keep_graphs: bool) -> tuple["LayerRun", Tensor]:
+    def _run_layer(self, layer: int, mask: Tensor, base: Tensor, keep_graphs: bool) -> tuple[LayerRun, Tensor]:
         """Write a layer's live rows; returns what its backward needs, and the base with the ablated layer added.
 
         The heads' reads and what the MLP reads of earlier layers are one ``masked_read``: they share the stream.
@@ -129,46 +132,92 @@ class MaskedRun:
         readers = self.active.num_attention_readers(layer)
         stream = self._rows_before(self.stream, layer)
         reads = masked_read(stream, self.active.layer_weights(layer, mask), base, backend=self.backend)
-        run = LayerRun()
+        run, heads = LayerRun(), self._head_rows(self.stream, layer)
         if readers:
             run.attention = self._attention(layer, reads[:readers])
-            self._write_heads(layer, run.attention.forward(keep_graphs))
-        written = self._ablated_heads(layer)
+            self._write_heads(layer, run.attention.forward(keep_graphs), self.ablated, heads)
+        written = self._ablated_heads(layer, self.ablated)
         if self.active.is_live(self.graph.mlp_writer(layer)):
             read = reads[readers:] + written
             if readers:
-                weights = self.active.mlp_head_weights(layer, mask)
-                read = masked_read(self._head_rows(self.stream, layer), weights, read[0], backend=self.backend)
+                read = masked_read(heads, self.active.mlp_head_weights(layer, mask), read[0], backend=self.backend)
             run.mlp = MlpRun(self.anatomy.blocks[layer], read[0])
-            row = self._stream_row(self.graph.mlp_writer(layer))
+            row = self._row(self.stream, self.graph.mlp_writer(layer))
             torch.sub(run.mlp.forward(keep_graphs), self.ablated.mlps[layer], out=row)
         return run, base + written + self.ablated.mlps[layer]
 
-    def _backward_layer(
-        self, layer: int, run: "LayerRun", mask: Tensor, grad_stream: Tensor, grad_mask: Tensor
-    ) -> None:
+    def _backward_layer(self, layer: int, run: LayerRun, mask: Tensor, grad_stream: Tensor, grad_mask: Tensor) -> None:
         """Differentiate a layer alone, and pass its gradient on to the masks and rows it reads."""
-        assert self.stream is not None
         weights = self.active.layer_weights(layer, mask)
         readers = self.active.num_attention_readers(layer)
+        heads, grad_heads = self._head_rows(self.stream, layer), self._head_rows(grad_stream, layer)
         grad_reads = grad_stream.new_empty(weights.shape[0], *grad_stream.shape[1:])
         of_heads = None
         if run.mlp is not None:
-            grad_reads[readers] = run.mlp.backward(grad_stream[self.active.row(self.graph.mlp_writer(layer))])
+            grad_reads[readers] = run.mlp.backward(self._row(grad_stream, self.graph.mlp_writer(layer)))
             if readers:
                 of_heads = self._add_gradients(
-                    grad_reads[readers:],
-                    self._head_rows(self.stream, layer),
-                    self.active.mlp_head_weights(layer, mask),
-                    self._head_rows(grad_stream, layer),
+                    grad_reads[readers:], heads, self.active.mlp_head_weights(layer, mask), grad_heads
                 )
         if run.attention is not None:
-            weight = self._out_weight(layer).transpose(1, 2)
-            grad_out = torch.bmm(self._head_rows(grad_stream, layer), weight).transpose(0, 1).flatten(1)
-            run.attention.backward(grad_out, grad_reads[:readers])
+            run.attention.backward(self._grad_heads_out(layer, grad_heads), grad_reads[:readers])
         stream, grad = self._rows_before(self.stream, layer), self._rows_before(grad_stream, layer)
         grad_weights = self._add_gradients(grad_reads, stream, weights, grad)
         self.active.store_layer(layer, grad_mask, grad_weights, of_heads)
+
+    def _run_top(self, mask: Tensor, base: Tensor, keep_graphs: bool) -> tuple[LayerRun, Tensor]:
+        """The last layer and the final read: what they write is wanted at the answers alone, so it has N tokens."""
+        assert self.stream is not None
+        layer, graph, active = self.graph.num_layers - 1, self.graph, self.active
+        if len(self._bases) == layer:
+            self._bases.append(base)
+        below, ablated = self.stream.shape[0], self.ablated.take(self.answers)
+        self._top = top = self.stream.new_empty(active.num_writers, len(self.answers), self.stream.shape[2])
+        torch.index_select(self.stream, 1, self.answers, out=top[:below])
+        run = LayerRun()
+        if active.num_attention_readers(layer):
+            weights = active.weights(graph.attention_site(layer), mask)
+            run.attention = self._attention(layer, masked_read(self.stream, weights, base, backend=self.backend))
+            out = run.attention.forward(keep_graphs).index_select(0, self.answers)
+            self._write_heads(layer, out, ablated, self._head_rows(top, layer))
+        base = base.index_select(0, self.answers) + self._ablated_heads(layer, ablated)
+        if active.is_live(graph.mlp_writer(layer)):
+            site = graph.mlp_site(layer)
+            rows, weights = top[: active.row(site.num_writers)], active.weights(site, mask)
+            run.mlp = MlpRun(self.anatomy.blocks[layer], masked_read(rows, weights, base, backend=self.backend)[0])
+            row = self._row(top, graph.mlp_writer(layer))
+            torch.sub(run.mlp.forward(keep_graphs), ablated.mlps[layer], out=row)
+        base = base + ablated.mlps[layer]
+        return run, masked_read(top, active.weights(graph.final_site, mask), base, backend=self.backend)[0]
+
+    def _backward_top(
+        self, run: LayerRun, mask: Tensor, grad_read: Tensor, grad_stream: Tensor, grad_mask: Tensor
+    ) -> None:
+        """Differentiate the final read and the last layer; ``grad_stream`` is still all zero."""
+        assert self._top is not None
+        assert self.stream is not None
+        layer, top, grad_top = self.graph.num_layers - 1, self._top, torch.zeros_like(self._top)
+        self._backward_site(self.graph.final_site, mask, grad_read[None].contiguous(), top, grad_top, grad_mask)
+        if run.mlp is not None:
+            grad = run.mlp.backward(self._row(grad_top, self.graph.mlp_writer(layer)))[None]
+            self._backward_site(self.graph.mlp_site(layer), mask, grad, top, grad_top, grad_mask)
+        grad_stream.index_copy_(1, self.answers, grad_top[: len(grad_stream)])
+        if run.attention is not None:
+            grad_answers = self._grad_heads_out(layer, self._head_rows(grad_top, layer))
+            grad_out = grad_answers.new_zeros(grad_stream.shape[1], grad_answers.shape[1])
+            grad_out.index_copy_(0, self.answers, grad_answers)
+            grad_reads = torch.empty_like(run.attention.reads)
+            run.attention.backward(grad_out, grad_reads)
+            site = self.graph.attention_site(layer)
+            self._backward_site(site, mask, grad_reads, self.stream, grad_stream, grad_mask)
+
+    def _backward_site(
+        self, site: Site, mask: Tensor, grad_reads: Tensor, stream: Tensor, grad_stream: Tensor, grad_mask: Tensor
+    ) -> None:
+        """Pass the gradient of a site's reads on to the masks and rows it reads."""
+        rows = self.active.row(site.num_writers)
+        weights = self.active.weights(site, mask)
+        self.active.store(site, grad_mask, self._add_gradients(grad_reads, stream[:rows], weights, grad_stream[:rows]))
 
     def _attention(self, layer: int, reads: Tensor) -> AttentionRun:
         """The live heads of a layer, on their reads."""
@@ -184,23 +233,29 @@ class MaskedRun:
 
         return AttentionRun(attention, run, reads)
 
-    def _write_heads(self, layer: int, out: Tensor) -> None:
-        """Write the live heads' rows from their outputs before the output projection."""
-        attention, ablated = self.anatomy.blocks[layer].attention, self.ablated.heads[layer]
-        heads = self.active.heads(layer)
+    def _write_heads(self, layer: int, out: Tensor, ablated: States, rows: Tensor) -> None:
+        """Write the live heads' ``rows`` from their outputs before the output projection."""
+        attention, reference, heads = (
+            self.anatomy.blocks[layer].attention,
+            ablated.heads[layer],
+            self.active.heads(layer),
+        )
         if not self.active.everything:
-            ablated = _take_heads(ablated, heads, self.graph.num_heads)
-        rows = self._head_rows(self.stream, layer)
-        difference = (out - ablated).unflatten(1, (len(heads), -1)).transpose(0, 1)
+            reference = _take_heads(reference, heads, self.graph.num_heads)
+        difference = (out - reference).unflatten(1, (len(heads), -1)).transpose(0, 1)
         torch.bmm(difference, self._out_weight(layer), out=rows)
-        if attention.out_bias is not None and not self.ablated.has_output_bias:
+        if attention.out_bias is not None and not ablated.has_output_bias:
             rows += attention.out_bias / self.graph.num_heads
 
-    def _ablated_heads(self, layer: int) -> Tensor:
+    def _grad_heads_out(self, layer: int, grad_rows: Tensor) -> Tensor:
+        """Gradient of the live heads' outputs before the output projection, ``[T, n * d_head]``."""
+        return torch.bmm(grad_rows, self._out_weight(layer).transpose(1, 2)).transpose(0, 1).flatten(1)
+
+    def _ablated_heads(self, layer: int, ablated: States) -> Tensor:
         """What the ablated heads of a layer write together, ``[T, d]`` (or ``[1, d]``)."""
         attention = self.anatomy.blocks[layer].attention
-        written = self.ablated.heads[layer] @ output_projection(attention)
-        if attention.out_bias is not None and self.ablated.has_output_bias:
+        written = ablated.heads[layer] @ output_projection(attention)
+        if attention.out_bias is not None and ablated.has_output_bias:
             written = written + attention.out_bias
         return written
 
@@ -209,9 +264,10 @@ class MaskedRun:
         weight = self.anatomy.blocks[layer].attention.out_weight
         return weight if self.active.everything else weight.index_select(0, self.active.heads(layer))
 
-    def _stream_row(self, writer: int) -> Tensor:
-        assert self.stream is not None
-        return self.stream[self.active.row(writer)]
+    def _row(self, rows: Tensor | None, writer: int) -> Tensor:
+        """A live writer's row, of the stream or of its gradient."""
+        assert rows is not None
+        return rows[self.active.row(writer)]
 
     def _rows_before(self, rows: Tensor | None, layer: int) -> Tensor:
         """Rows of the live writers below a layer, of the stream or of its gradient."""
@@ -228,16 +284,6 @@ class MaskedRun:
         grad = masked_read_backward_(grad_reads, stream, weights, grad_stream, backend=self.backend)
         assert grad is not None
         return grad
-
-    def _backward_final_read(self, mask: Tensor, grad_read: Tensor, grad_stream: Tensor, grad_mask: Tensor) -> None:
-        assert self.stream is not None
-        site = self.graph.final_site
-        answers = self.stream.index_select(1, self.answers)
-        grad_answers = torch.zeros_like(answers)
-        weights = self.active.weights(site, mask)
-        grad = self._add_gradients(grad_read[None].contiguous(), answers, weights, grad_answers)
-        self.active.store(site, grad_mask, grad)
-        grad_stream.index_copy_(1, self.answers, grad_answers)
 
 
 def _take_heads(heads: Tensor, index: Tensor, num_heads: int) -> Tensor:
