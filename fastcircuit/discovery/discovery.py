@@ -131,7 +131,8 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
     more = min(graph.num_edges, num_edges + settings.refine_surplus)
     surest, larger = (top_circuit(graph, scores, size, settings.ablation) for size in (num_edges, more))
     if num_edges <= MOST_TO_ELIMINATE:
-        surest = min(surest, refiner.eliminate(larger, num_edges), key=refiner.kl)
+        eliminated = refiner.eliminate(larger, num_edges)
+        surest = min(surest, eliminated or surest, key=refiner.kl)
     return refiner.swap(surest, settings.refine_swaps)
 
 

@@ -1,15 +1,14 @@
 """Refinement of a finished circuit by the KL it really has on training examples: eliminate, then swap.
 
 *Elimination* starts from more edges than asked for, the surest first, and removes the edge whose removal costs least,
-measured, until the size is right. Measured costs of earlier rounds order the candidates, and only the cheapest are
-measured again (lazy greedy).
+measured, until the size is right. Which ones are measured is up to the gradient of the KL, which estimates every
+removal's cost to first order, and to how far off the estimate was when an edge was last measured.
 
 *Swapping* uses the gradient of the KL at the hard circuit, which estimates to first order what adding an edge gains and
 removing one costs: each round swaps the few kept edges that seem to cost least for the missing ones that seem to gain
 most, and keeps the swap only if the measured KL fell. The number of edges never changes.
 """
 
-import heapq
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +23,7 @@ from fastcircuit.masks import Masks
 
 MOST_EXAMPLES = 256
 MOST_SWAPS = 8
+MOST_MEASURED = 6
 BATCH_SIZE = 256
 
 OnRound = Callable[[int, int, float], None]
@@ -48,24 +48,44 @@ class Refiner:
         """The circuit's mean KL, in nats."""
         return mean_kl(self.reference, Masks.from_circuit(circuit), self.batches)
 
-    def eliminate(self, circuit: Circuit, num_edges: int) -> Circuit:
-        """Remove edges, the cheapest first, until ``num_edges`` are left that matter."""
+    def eliminate(self, circuit: Circuit, num_edges: int) -> Circuit | None:
+        """Remove edges, the cheapest first, until ``num_edges`` are left; None when no removal ends at that number."""
         total = circuit.num_edges - num_edges
-        kl = self.kl(circuit)
-        costs = [(self._kl_without(circuit, edge), edge) for edge in np.flatnonzero(circuit.keep).tolist()]
-        heapq.heapify(costs)
-        while circuit.num_edges > num_edges and costs:
-            _, edge = heapq.heappop(costs)
-            candidate = _without(circuit, edge)
-            if not circuit.keep[edge] or candidate.num_edges < num_edges:
-                continue
-            kl = self.kl(candidate)
-            if costs and kl > costs[0][0]:
-                heapq.heappush(costs, (kl, edge))
-                continue
-            circuit = candidate
+        kl, error = self.kl(circuit), np.zeros(circuit.graph.num_edges)
+        while circuit.num_edges > num_edges:
+            linear = kl - self._gradient(circuit, kept_only=True)
+            best = self._cheapest(circuit, num_edges, linear, error)
+            if best is None:
+                return None
+            kl, circuit = best
             self._report(total - (circuit.num_edges - num_edges), total, kl)
         return circuit
+
+    def _cheapest(
+        self, circuit: Circuit, num_edges: int, linear: np.ndarray, error: np.ndarray
+    ) -> tuple[float, Circuit] | None:
+        """The removal of one edge that costs least, with its KL: of those that promise most, measured.
+
+        Args:
+            linear: KL without each edge, to first order, ``[num_edges]``.
+            error: what measuring added to that when an edge was last measured; brought up to date.
+        """
+        best: tuple[float, Circuit] | None = None
+        measured = 0
+        expected = linear + error
+        kept = np.flatnonzero(circuit.keep)
+        for edge in kept[np.argsort(expected[kept], kind="stable")].tolist():
+            if best is not None and (measured == MOST_MEASURED or best[0] <= expected[edge]):
+                break
+            candidate = _without(circuit, edge)
+            if candidate.num_edges < num_edges:
+                continue
+            kl = self.kl(candidate)
+            measured += 1
+            error[edge] = kl - linear[edge]
+            if best is None or kl < best[0]:
+                best = kl, candidate
+        return best
 
     def swap(self, circuit: Circuit, rounds: int) -> Circuit:
         """Up to ``rounds`` rounds of swaps; the KL does not rise."""
@@ -87,16 +107,15 @@ class Refiner:
             self._report(number + 1, rounds, kl)
         return circuit
 
-    def _kl_without(self, circuit: Circuit, edge: int) -> float:
-        return self.kl(_without(circuit, edge))
-
-    def _gradient(self, circuit: Circuit) -> np.ndarray:
-        """Gradient of the circuit's mean KL in every edge's mask, kept or not, ``[num_edges]``."""
+    def _gradient(self, circuit: Circuit, kept_only: bool = False) -> np.ndarray:
+        """Gradient of the circuit's mean KL in every edge's mask, ``[num_edges]``; ``kept_only`` leaves 0 elsewhere."""
         reference, model = self.reference, self.reference.model
         mask = Masks.from_circuit(circuit).edge.to(model.device, model.mask_dtype).requires_grad_()
         total = sum(batch.size for batch in self.batches)
         for batch in self.batches:
-            read = model.final_read(batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens)
+            read = model.final_read(
+                batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens, skip_zeros=kept_only
+            )
             divergence = kl_divergence(batch.answers.log_probs, reference.restrict(model.unembed(read)))
             (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()
         assert mask.grad is not None
