@@ -9,9 +9,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "isa.h"
 
@@ -41,21 +38,6 @@ const Kernels& kernels_for(Isa isa, Dtype stream, Dtype grad_stream) {
   (void)isa;
   return portable::kernels(stream, grad_stream);
 }
-
-// A large result is usually fresh memory, and its first touch, page by page, can cost more than the arithmetic.
-void ask_for_huge_pages(void* data, int64_t bytes) {
-#ifdef __linux__
-  constexpr int64_t kHuge = 2 << 20;
-  const int64_t begin = round_up(reinterpret_cast<intptr_t>(data), kHuge);
-  const int64_t end = (reinterpret_cast<intptr_t>(data) + bytes) / kHuge * kHuge;
-  // Advice only: a kernel that refuses it leaves ordinary pages.
-  if (end - begin >= kHuge) (void)madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-int64_t item_bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 double mask_value(const void* mask, Dtype dtype, int64_t at) {
   if (dtype == Dtype::f64) return static_cast<const double*>(mask)[at];
@@ -141,7 +123,6 @@ void for_column_ranges(int threads, int ranges, int64_t columns, int64_t tile, c
 
 void masked_read(const ReadParams& p) {
   if (p.readers == 0 || p.columns == 0) return;
-  ask_for_huge_pages(p.reads, p.readers * p.reads_stride * item_bytes(p.dtype));
   const Kernels& k = kernels_for(p.isa, p.dtype, p.dtype);
   const bool wide = p.dtype == Dtype::f64;
   const Buffer panels(p.readers * p.writers * int64_t(sizeof(double)));
@@ -163,8 +144,6 @@ void masked_read_backward(const BackwardParams& p) {
     for (int64_t i = 0; p.grad_mask && i < pairs; ++i) set_mask_value(p.grad_mask, p.mask_dtype, i, 0.0);
     return;
   }
-  if (p.grad_stream && !p.accumulate)
-    ask_for_huge_pages(p.grad_stream, p.writers * p.grad_stream_stride * item_bytes(p.grad_stream_dtype));
   const Kernels& k = kernels_for(p.isa, p.dtype, p.grad_stream_dtype);
   const bool wide = p.dtype == Dtype::f64;
   const Buffer panels(pairs * int64_t(sizeof(double)));

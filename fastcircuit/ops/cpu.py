@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastcircuit.errors import InputError
 from fastcircuit.ops import reference
 from fastcircuit.ops.layout import layout_reasons
+from fastcircuit.ops.recycling import POOL
 
 # Torch comes first on purpose: its OpenMP runtime then serves the extension too, and there is one pool of threads.
 try:
@@ -94,7 +95,7 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
     """``base + sum_j mask[r, j] * stream[j]``."""
     writers, tokens, width = stream.shape
     readers = mask.shape[0]
-    reads = stream.new_empty((readers, tokens, width))
+    reads = POOL.empty((readers, tokens, width), stream)
     if base is not None and not base.is_contiguous():
         base = base.contiguous()
     _C.masked_read(  # type: ignore[union-attr]
@@ -126,7 +127,7 @@ def masked_read_grads(
     grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``masked_read`` as new tensors; None for one that is not needed."""
-    grad_stream = stream.new_empty(stream.shape) if needs_stream else None
+    grad_stream = POOL.empty(stream.shape, stream) if needs_stream else None
     grad_mask = _backward(grad_reads, stream, mask, grad_stream, needs_mask, accumulate=False)
     return grad_stream, grad_mask
 
@@ -179,7 +180,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: 
     x, x_strides = _rows(x)
     weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = POOL.empty(x.shape, x)
     width = x.shape[-1]
     _C.norm(  # type: ignore[union-attr]
         _isa,
@@ -208,7 +209,7 @@ def rms_norm_grads(
 
 
 def _rms_norm_grad_x(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_x = POOL.empty(x.shape, x)
     _norm_backward(grad, x, weight, eps, False, grad_x)
     return grad_x
 
