@@ -121,19 +121,18 @@ def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | N
 
 
 def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) -> Circuit:
-    """The surest ``num_edges`` edges; refined, the better, by training KL, of those and of what elimination leaves of a
-    few more, after swaps.
-    """
+    """The surest ``num_edges`` edges; refined, or what elimination leaves of a few more if its training KL is lower."""
     graph, settings, scores = run.model.graph, run.settings, run.parameters.scores()
+    best = top_circuit(graph, scores, num_edges, settings.ablation)
     if not settings.refine:
-        return top_circuit(graph, scores, num_edges, settings.ablation)
+        return best
     refiner = Refiner(run.reference, on_round=on_round)
-    more = min(graph.num_edges, num_edges + settings.refine_surplus)
-    surest, larger = (top_circuit(graph, scores, size, settings.ablation) for size in (num_edges, more))
     if num_edges <= MOST_TO_ELIMINATE:
-        eliminated = refiner.eliminate(larger, num_edges)
-        surest = min(surest, eliminated or surest, key=refiner.kl)
-    return refiner.swap(surest, settings.refine_swaps)
+        more = min(graph.num_edges, num_edges + settings.refine_surplus)
+        eliminated = refiner.eliminate(top_circuit(graph, scores, more, settings.ablation), num_edges)
+        best = min(best, eliminated or best, key=refiner.kl)
+        best = refiner.regrow(best, settings.refine_surplus, settings.refine_cycles)
+    return refiner.swap(best, settings.refine_swaps)
 
 
 def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:

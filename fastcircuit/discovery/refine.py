@@ -1,8 +1,11 @@
-"""Refinement of a finished circuit by the KL it really has on training examples: eliminate, then swap.
+"""Refinement of a finished circuit by the KL it really has on training examples: eliminate, regrow, swap.
 
 *Elimination* starts from more edges than asked for, the surest first, and removes the edge whose removal costs least,
 measured, until the size is right. Which ones are measured is up to the gradient of the KL, which estimates every
 removal's cost to first order, and to how far off the estimate was when an edge was last measured.
+
+*Regrowing* adds the missing edges that the same gradient says gain most, and eliminates as many again, so that edges
+that pay only together have a chance; the result is kept if it is better.
 
 *Swapping* uses the gradient of the KL at the hard circuit, which estimates to first order what adding an edge gains and
 removing one costs: each round swaps the few kept edges that seem to cost least for the missing ones that seem to gain
@@ -23,7 +26,8 @@ from fastcircuit.masks import Masks
 
 MOST_EXAMPLES = 256
 MOST_SWAPS = 8
-MOST_MEASURED = 6
+MOST_MEASURED = 4
+LEAST_TO_REGROW = 4
 BATCH_SIZE = 256
 
 OnRound = Callable[[int, int, float], None]
@@ -86,6 +90,22 @@ class Refiner:
             if best is None or kl < best[0]:
                 best = kl, candidate
         return best
+
+    def regrow(self, circuit: Circuit, more: int, cycles: int) -> Circuit:
+        """Up to ``cycles`` times, add the ``more`` edges that promise most and eliminate as many; the KL does not rise."""
+        graph, kl = circuit.graph, self.kl(circuit)
+        for _ in range(cycles):
+            if more < LEAST_TO_REGROW:
+                break
+            gain = np.where(circuit.keep, np.inf, -self._gradient(circuit))
+            size = min(graph.num_edges, circuit.num_edges + more)
+            smaller = self.eliminate(top_circuit(graph, gain, size, circuit.ablation), circuit.num_edges)
+            new_kl = np.inf if smaller is None else self.kl(smaller)
+            if smaller is not None and new_kl < kl:
+                circuit, kl = smaller, new_kl
+            else:
+                more //= 2
+        return circuit
 
     def swap(self, circuit: Circuit, rounds: int) -> Circuit:
         """Up to ``rounds`` rounds of swaps; the KL does not rise."""

@@ -34,21 +34,23 @@ class Settings:
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
         weight_decay: of AdamW, on log-alphas and multipliers.
         clip_norm: gradients are scaled down to this joint norm; None: not clipped.
-        refine: finish by measured elimination and swaps (see ``refine.py``); False: the surest edges as they are.
+        refine: finish by measured elimination, regrowing and swaps (see ``refine.py``); False: the surest edges as they
+            are.
         refine_surplus: elimination starts from this many edges more than asked for (for circuits up to 256 edges; its
             cost grows with their number).
+        refine_cycles: how often that many edges are grown again and eliminated.
         refine_swaps: rounds of swaps after it.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         upstream_compat: reproduce the published code's numerics, quirks included.
         seed: of everything random.
     """
 
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 16
-    learning_rate: float = 0.8
+    learning_rate: float = 1.0
     multiplier_learning_rate: float = 0.8
-    learning_rate_warmup: int = 130
-    sparsity_warmup: int = 830
+    learning_rate_warmup: int = 104
+    sparsity_warmup: int = 664
     schedule: str = "linear"
     edge_target: float | None = None
     node_masks: bool = True
@@ -60,7 +62,8 @@ class Settings:
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0
     refine: bool = True
-    refine_surplus: int = 24
+    refine_surplus: int = 16
+    refine_cycles: int = 3
     refine_swaps: int = 50
     ablation: Ablation = "interchange"
     output_bias: str = "split"
@@ -71,10 +74,9 @@ class Settings:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.refine_surplus < 0 or self.refine_swaps < 0:
-            raise InputError(
-                f"refine_surplus is {self.refine_surplus} and refine_swaps {self.refine_swaps}; both must be 0 or more"
-            )
+        for name in ("refine_surplus", "refine_cycles", "refine_swaps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("learning_rate", "multiplier_learning_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")

@@ -27,6 +27,7 @@ QUICK = Settings(
     learning_rate_warmup=2,
     sparsity_warmup=16,
     refine_surplus=4,
+    refine_cycles=1,
     refine_swaps=4,
 )
 
@@ -203,6 +204,22 @@ def test_elimination_is_the_greedy_one(model):
     ]
     assert refiner.kl(left) == min(refiner.kl(each) for each in without if each.num_edges == 11)
     assert refiner.eliminate(circuit, 5).num_edges == 5
+
+
+def test_elimination_says_when_no_removal_ends_at_the_size(model):
+    refiner = Refiner(Reference(model, make_task().split("train")))
+    chain = Circuit.from_edges(model.graph, [("embeds", "m0"), ("m0", "m1"), ("m1", "resid_post")])
+    assert refiner.eliminate(chain, 2) is None
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "zero"])
+def test_regrowing_never_raises_the_training_kl(model, ablation):
+    refiner = Refiner(Reference(model, make_task().split("train"), ablation))
+    circuit = top_circuit(model.graph, np.random.default_rng(0).normal(size=model.graph.num_edges), 20, ablation)
+    regrown = refiner.regrow(circuit, 8, 3)
+    assert regrown.num_edges == 20
+    assert refiner.kl(regrown) < refiner.kl(circuit)
+    assert refiner.regrow(circuit, 8, 0) is circuit
 
 
 BAD_CALLS = {
