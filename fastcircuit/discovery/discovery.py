@@ -81,7 +81,8 @@ def discover(
         settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
         checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
         on_report: called every few steps with a :class:`Report`.
-        on_round: called after every round of refinement with the rounds done, the most there are, and the training KL.
+        on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
+            training KL.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.

@@ -30,14 +30,15 @@ MOST_MEASURED = 4
 LEAST_TO_REGROW = 4
 BATCH_SIZE = 256
 
-OnRound = Callable[[int, int, float], None]
+OnRound = Callable[[str, int, int, float], None]
 
 
 class Refiner:
     """Measures circuits on the first ``most_examples`` of ``reference``.
 
     Args:
-        on_round: called with the rounds done, the rounds there are at most, and the KL so far.
+        on_round: called with the stage (``eliminate``, ``regrow``, ``swap``), its rounds done, the most there are, and
+            the KL so far.
     """
 
     def __init__(
@@ -54,7 +55,10 @@ class Refiner:
 
     def eliminate(self, circuit: Circuit, num_edges: int) -> Circuit | None:
         """Remove edges, the cheapest first, until ``num_edges`` are left; None when no removal ends at that number."""
-        total = circuit.num_edges - num_edges
+        return self._eliminate(circuit, num_edges, "eliminate", 0, circuit.num_edges - num_edges)
+
+    def _eliminate(self, circuit: Circuit, num_edges: int, stage: str, done: int, most: int) -> Circuit | None:
+        before = done + circuit.num_edges
         kl, error = self.kl(circuit), np.zeros(circuit.graph.num_edges)
         while circuit.num_edges > num_edges:
             linear = kl - self._gradient(circuit, kept_only=True)
@@ -62,7 +66,7 @@ class Refiner:
             if best is None:
                 return None
             kl, circuit = best
-            self._report(total - (circuit.num_edges - num_edges), total, kl)
+            self._report(stage, before - circuit.num_edges, most, kl)
         return circuit
 
     def _cheapest(
@@ -92,14 +96,15 @@ class Refiner:
         return best
 
     def regrow(self, circuit: Circuit, more: int, cycles: int) -> Circuit:
-        """Up to ``cycles`` times, add the ``more`` edges that promise most and eliminate as many; the KL does not rise."""
-        graph, kl = circuit.graph, self.kl(circuit)
-        for _ in range(cycles):
+        """Up to ``cycles`` times, add the ``more`` edges that promise most, eliminate as many; the KL does not rise."""
+        graph, kl, most = circuit.graph, self.kl(circuit), cycles * more
+        for cycle in range(cycles):
             if more < LEAST_TO_REGROW:
                 break
             gain = np.where(circuit.keep, np.inf, -self._gradient(circuit))
             size = min(graph.num_edges, circuit.num_edges + more)
-            smaller = self.eliminate(top_circuit(graph, gain, size, circuit.ablation), circuit.num_edges)
+            larger = top_circuit(graph, gain, size, circuit.ablation)
+            smaller = self._eliminate(larger, circuit.num_edges, "regrow", cycle * (most // cycles), most)
             new_kl = np.inf if smaller is None else self.kl(smaller)
             if smaller is not None and new_kl < kl:
                 circuit, kl = smaller, new_kl
@@ -124,7 +129,7 @@ class Refiner:
                 swaps //= 2
             else:
                 tried |= candidate.keep != circuit.keep
-            self._report(number + 1, rounds, kl)
+            self._report("swap", number + 1, rounds, kl)
         return circuit
 
     def _gradient(self, circuit: Circuit, kept_only: bool = False) -> np.ndarray:
@@ -141,9 +146,9 @@ class Refiner:
         assert mask.grad is not None
         return mask.grad.double().cpu().numpy()
 
-    def _report(self, done: int, most: int, kl: float) -> None:
+    def _report(self, stage: str, done: int, most: int, kl: float) -> None:
         if self.on_round is not None:
-            self.on_round(done, most, kl)
+            self.on_round(stage, done, most, kl)
 
 
 def _without(circuit: Circuit, edge: int) -> Circuit:

@@ -25,7 +25,7 @@ class Watcher(Protocol):
     def on_report(self, report: Report) -> None:
         """After some steps of optimisation."""
 
-    def on_round(self, done: int, most: int, kl: float) -> None:
+    def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
         """After a round of refinement."""
 
 
@@ -60,8 +60,8 @@ class _Bars:
     def on_report(self, report: Report) -> None:
         self._show("discover", report.step + 1, report.steps, _numbers(report))
 
-    def on_round(self, done: int, most: int, kl: float) -> None:
-        self._show("refine", done, most, f"training KL {kl:.3f}")
+    def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
+        self._show(stage, done, most, f"training KL {kl:.3f}")
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:
         if name not in self.bars:
@@ -77,8 +77,8 @@ class _Lines:
     def on_report(self, report: Report) -> None:
         self._show("discover", report.step + 1, report.steps, _numbers(report))
 
-    def on_round(self, done: int, most: int, kl: float) -> None:
-        self._show("refine", done, most, f"training KL {kl:.3f}")
+    def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
+        self._show(stage, done, most, f"training KL {kl:.3f}")
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:
         tenth = 10 * done // total

@@ -185,7 +185,7 @@ def test_refining_lowers_the_training_kl_and_keeps_the_size(model, ablation):
     scores = np.random.default_rng(0).normal(size=model.graph.num_edges)
     circuit = top_circuit(model.graph, scores, 40, ablation)
     rounds = []
-    refined = Refiner(reference, on_round=lambda done, most, kl: rounds.append(kl)).swap(circuit, 30)
+    refined = Refiner(reference, on_round=lambda stage, done, most, kl: rounds.append(kl)).swap(circuit, 30)
     before, after = (mean_kl(reference, Masks.from_circuit(each)) for each in (circuit, refined))
     assert after < 0.9 * before
     assert refined.num_edges == 40
