@@ -2,16 +2,25 @@
 
 import pytest
 
+from bench.results import record
+
 ROWS: list[tuple[str, str]] = []
 
 
 def pytest_addoption(parser):
     parser.addoption("--check-floors", action="store_true", help="fail when a ratio is below its committed floor")
+    parser.addoption("--record", action="store_true", help="append what was measured to bench/results/*.csv")
 
 
 @pytest.fixture
 def check_floors(request):
     return request.config.getoption("--check-floors")
+
+
+@pytest.fixture
+def keep(request):
+    """Append rows to the results of a case, with ``--record``."""
+    return record if request.config.getoption("--record") else lambda case, rows: None
 
 
 @pytest.fixture

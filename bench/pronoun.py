@@ -4,14 +4,11 @@ Prints, per number of edges, test KL and accuracy (mean and deviation over seeds
 same pairs, and the seconds of a run; appends the runs to bench/results/pronoun_212.csv.
 """
 
-import csv
 import statistics
 import sys
 import time
-from pathlib import Path
 
-import torch
-
+from bench.results import record
 from fastcircuit.discovery import discover
 from fastcircuit.evaluation.faithfulness import evaluate
 from fastcircuit.models.loading import load_model, load_tokenizer
@@ -20,31 +17,21 @@ from fastcircuit.tasks import load_task
 # Edges -> test KL, accuracy of the published code (1500 steps, batch 32, 750-815 s each on one core).
 PUBLISHED = {128: (0.087, 0.887), 84: (0.178, 0.710), 51: (0.318, 0.661), 29: (0.549, 0.484)}
 SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).parent / "results" / "pronoun_212.csv"
-COLUMNS = ("edges", "seed", "kl", "accuracy", "exact_match", "seconds", "threads", "torch")
 
 
 def main() -> None:
     model, task = load_model("stories260K"), load_task("pronoun-212", load_tokenizer("stories260K"))
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        rows = csv.DictWriter(file, COLUMNS)
-        if new:
-            rows.writeheader()
-        for edges in [int(size) for size in sys.argv[1:]] or list(PUBLISHED):
-            published_kl, published_accuracy = PUBLISHED[edges]
-            runs = [_run(model, task, edges, seed) for seed in SEEDS]
-            rows.writerows(runs)
-            file.flush()
-            kl, accuracy, seconds = ([run[name] for run in runs] for name in ("kl", "accuracy", "seconds"))
-            print(
-                f"{edges:4} edges: KL {statistics.mean(kl):.3f} +- {statistics.stdev(kl):.3f} "
-                f"(published {published_kl}), "
-                f"accuracy {statistics.mean(accuracy):.3f} (published {published_accuracy}), "
-                f"{statistics.median(seconds):.0f} s",
-                flush=True,
-            )
+    for edges in [int(size) for size in sys.argv[1:]] or list(PUBLISHED):
+        published_kl, published_accuracy = PUBLISHED[edges]
+        runs = [_run(model, task, edges, seed) for seed in SEEDS]
+        record("pronoun_212", runs)
+        kl, accuracy, seconds = ([run[name] for run in runs] for name in ("kl", "accuracy", "seconds"))
+        print(
+            f"{edges:4} edges: KL {statistics.mean(kl):.3f} +- {statistics.stdev(kl):.3f} (published {published_kl}), "
+            f"accuracy {statistics.mean(accuracy):.3f} (published {published_accuracy}), "
+            f"{statistics.median(seconds):.0f} s",
+            flush=True,
+        )
 
 
 def _run(model, task, edges: int, seed: int) -> dict[str, float]:
@@ -54,14 +41,7 @@ def _run(model, task, edges: int, seed: int) -> dict[str, float]:
     assert circuit.num_edges == edges
     found = evaluate(model, circuit, task)
     numbers = {name: round(found[name], 5) for name in ("kl", "accuracy", "exact_match")}
-    return {
-        "edges": edges,
-        "seed": seed,
-        **numbers,
-        "seconds": round(seconds, 2),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    return {"edges": edges, "seed": seed, **numbers, "seconds": round(seconds, 2)}
 
 
 if __name__ == "__main__":

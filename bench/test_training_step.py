@@ -21,7 +21,7 @@ def seconds(step) -> float:
     return time.perf_counter() - start
 
 
-def test_speed(benchmark, check_floors, report_row):
+def test_speed(benchmark, check_floors, keep, report_row):
     model = random_model(GPT2_SMALL)
     steps = {name: make(model, GPT2_SMALL) for name, make in STEPS.items()}
     for step in steps.values():
@@ -37,11 +37,13 @@ def test_speed(benchmark, check_floors, report_row):
         "training step, GPT-2 small, batch 4 x 64, fp32",
         f"published {statistics.median(published):.2f} s, fastcircuit {statistics.median(ours):.3f} s, {ratio:.1f}x",
     )
+    medians = {"published_s": statistics.median(published), "fastcircuit_s": statistics.median(ours), "ratio": ratio}
+    keep("training_step", [{name: round(value, 4) for name, value in medians.items()}])
     if check_floors:
         assert ratio >= SPEED_FLOOR
 
 
-def test_memory(check_floors, report_row):
+def test_memory(check_floors, keep, report_row):
     peaks = {}
     for name in STEPS:
         done = subprocess.run([sys.executable, "-m", "bench.memory", name], capture_output=True, text=True, check=True)
@@ -51,5 +53,6 @@ def test_memory(check_floors, report_row):
         "memory of that step above the weights",
         f"published {peaks['published'] / 1e9:.2f} GB, ours {peaks['fastcircuit'] / 1e9:.2f} GB, {ratio:.2f} of it",
     )
+    keep("training_step_memory", [{f"{name}_bytes": peak for name, peak in peaks.items()}])
     if check_floors:
         assert ratio <= MEMORY_CEILING
