@@ -155,10 +155,7 @@ def _gpt2(model: Any) -> Source:
         raise InputError("a GPT-2 with cross-attention is not supported; set add_cross_attention=False")
 
     def layer(index: int, block: Any) -> Layer:
-        qkv = _conv1d(block.attn.c_attn)
-        query, key, value = (
-            Affine(weight, bias) for weight, bias in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
-        )
+        query, key, value = _conv1d(block.attn.c_attn).chunk(3)
         output, norm = _conv1d(block.attn.c_proj), _norm(block.ln_1)
         attention = AttentionPart(index, norm, query, key, value, output, block.attn.scaling)
         mlp = MlpPart(index, _norm(block.ln_2), None, _conv1d(block.mlp.c_fc), _conv1d(block.mlp.c_proj))

@@ -35,7 +35,7 @@ def keep_positions(x: Tensor, keep: Keep, dim: int = 1) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -230,8 +230,8 @@ class CircuitBlock(nn.Module):
 class CircuitPreTrainedModel(PreTrainedModel):
     config_class = CircuitConfig
     base_model_prefix = "model"
-    _no_split_modules = ("CircuitBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["CircuitBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -249,7 +249,7 @@ class CircuitPreTrainedModel(PreTrainedModel):
 class CircuitModel(CircuitPreTrainedModel):
     """Embeddings, blocks and final norm of an extracted circuit."""
 
-    def __init__(self, config: CircuitConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = (
@@ -375,7 +375,7 @@ class CircuitForCausalLM(CircuitPreTrainedModel, GenerationMixin):
         logits_to_keep: Keep | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of an extracted circuit, ``[B, K, V]``; over ``config.answer_tokens``, ``[B, K, A]``, if there are any.
+        """Logits of an extracted circuit, ``[B, K, V]``; with ``config.answer_tokens``, ``[B, K, A]``.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in
@@ -419,7 +419,7 @@ class CircuitForCausalLM(CircuitPreTrainedModel, GenerationMixin):
                 "this circuit only has the logits of its answer tokens and cannot generate text: read "
                 "config.answer_tokens[logits.argmax(-1)], or extract it with the whole vocabulary"
             )
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
 CircuitModel.register_for_auto_class("AutoModel")

@@ -27,6 +27,11 @@ class Affine:
         """Only these outputs, ``[N]``."""
         return Affine(self.weight[rows], None if self.bias is None else self.bias[rows])
 
+    def chunk(self, count: int) -> tuple["Affine", ...]:
+        """Maps to ``count`` equal parts of the output."""
+        biases = [None] * count if self.bias is None else self.bias.chunk(count)
+        return tuple(Affine(weight, bias) for weight, bias in zip(self.weight.chunk(count), biases, strict=True))
+
 
 @dataclass(frozen=True)
 class Norm:

@@ -18,8 +18,10 @@ def merge_constants(program: Program) -> Program:
     """
     blocks = [_merge_in_block(block) for block in program.blocks]
     positions = program.positions
-    if positions is not None and blocks[0] and isinstance(blocks[0][0], ConstantPart):
-        values = blocks[0].pop(0).values
+    front = blocks[0][0] if blocks[0] else None
+    if positions is not None and isinstance(front, ConstantPart):
+        values = front.values
+        del blocks[0][0]
         known = positions.shape[0] if values.shape[0] == 1 else values.shape[0]
         positions = positions[:known].double() + values[: positions.shape[0]]
     return dataclasses.replace(program.with_blocks(blocks), positions=positions)
