@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from fastcircuit.submodel.compile import compile_submodel
+from fastcircuit.submodel.kept import Constants
 from fastcircuit.submodel.modeling_circuit import CircuitMLP
 from tests.submodel.circuits import CIRCUITS, LENGTH, ZOO, ablated_logits, assert_same, load, token_ids
 
@@ -42,8 +44,9 @@ def test_greedy_tokens_are_the_ablated_models(circuit):
     for _ in range(made.shape[1] - PROMPT):
         logits = ablated_logits(model, kept, constants, expected)[:, -1]
         expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
-    eos = model.model.generation_config.eos_token_id
-    ended = (expected[:, PROMPT:-1] == eos).cumsum(1).bool()  # after the end of a row generate writes padding
+    eos = submodel.generation_config.eos_token_id
+    stops = torch.zeros_like(expected, dtype=torch.bool) if eos is None else expected == eos
+    ended = stops[:, PROMPT:-1].cumsum(1).bool()  # after the end of a row generate writes padding
     assert torch.equal(made[:, PROMPT : PROMPT + 1], expected[:, PROMPT : PROMPT + 1])
     assert torch.equal(made[:, PROMPT + 1 :][~ended], expected[:, PROMPT + 1 :][~ended])
 
@@ -104,16 +107,17 @@ def test_kept_logits_are_those_of_all_positions(submodel, keep, attention, padde
     real = full_mask(ids)
     if padded:
         real[1, :2] = 0
-    everything = submodel(ids, attention_mask=real).logits
-    expected = everything[:, keep] if isinstance(keep, torch.Tensor) else everything[:, -keep:]
+    places = keep if isinstance(keep, torch.Tensor) else torch.arange(LENGTH)[-keep:]
+    real_ones = real[:, places].bool()  # what is computed at padding is nobody's business
+    expected = submodel(ids, attention_mask=real).logits[:, places][real_ones]
     submodel.set_attn_implementation(attention)
     try:
-        assert_same(submodel(ids, attention_mask=real, logits_to_keep=keep).logits, expected)
+        assert_same(submodel(ids, attention_mask=real, logits_to_keep=keep).logits[real_ones], expected)
         cache = StaticCache(config=submodel.config, max_cache_len=LENGTH + 5)
         kept = submodel(ids, attention_mask=real, past_key_values=cache, logits_to_keep=keep).logits
-        assert_same(kept, expected)
+        assert_same(kept[real_ones], expected)
         with_layers = submodel(ids, attention_mask=real, logits_to_keep=keep, output_hidden_states=True)
-        assert_same(with_layers.logits, expected)
+        assert_same(with_layers.logits[real_ones], expected)
         assert all(stream.shape[1] == LENGTH for stream in with_layers.hidden_states)
     finally:
         submodel.set_attn_implementation("sdpa")
@@ -154,12 +158,8 @@ def test_bfloat16_is_as_exact_as_the_original(name, kind):
     ids = token_ids(exact)
     truth = ablated_logits(exact, kept, constants, ids)
     rough = load(name, torch.bfloat16)
-    rounded = constants.__class__(
-        constants.heads.bfloat16(), constants.mlps.bfloat16(), has_output_bias=constants.has_output_bias
-    )
+    rounded = Constants(constants.heads.bfloat16(), constants.mlps.bfloat16(), constants.has_output_bias)
     allowed = (ablated_logits(rough, kept, rounded, ids).double() - truth).abs().max()
-    from fastcircuit.submodel.compile import compile_submodel
-
     submodel = compile_submodel(rough, kept, constants)
     assert submodel.dtype == torch.bfloat16
     error = (submodel(ids).logits.double() - truth).abs().max()
@@ -195,16 +195,19 @@ def test_exports_with_any_batch_and_length(name, kind):
 @pytest.mark.parametrize("name", ZOO)
 def test_last_position_only(name):
     model = load(name)
-    _, _, everywhere = CIRCUITS["partial"](model)
-    _, _, submodel = CIRCUITS["partial"](model, last_position_only=True)
+    kept, constants, _ = CIRCUITS["partial"](model)
+    kept.mlps[:] = True  # there is one above the last attention
+    everywhere = compile_submodel(model, kept, constants)
+    submodel = compile_submodel(model, kept, constants, last_position_only=True)
     ids = token_ids(submodel)
     widths = []
     for module in submodel.modules():
         if isinstance(module, CircuitMLP):
             module.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     assert_same(submodel(ids).logits, everywhere(ids).logits[:, -1:])
-    assert submodel.model.layers[-1].has_attention
-    above = sum(isinstance(part, CircuitMLP) for part in submodel.model.layers[-1].parts)
+    last = [part["kind"] for part in submodel.config.blocks[-1]]
+    above = last[last.index("attention") :].count("mlp")
+    assert above >= 1
     assert widths == [LENGTH] * (len(widths) - above) + [1] * above
     assert_same(submodel(ids, logits_to_keep=0).logits, everywhere(ids).logits)
     assert submodel(ids, labels=ids).loss.isfinite()
