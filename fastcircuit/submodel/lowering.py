@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,6 +78,9 @@ def _check_shapes(source: Source, kept: Kept, constants: Constants) -> tuple[Ten
         torch.as_tensor(values).detach().to(source.tokens.device, torch.float64)
         for values in (constants.heads, constants.mlps)
     )
+    for name, chosen in (("kept.heads", kept.heads), ("kept.mlps", kept.mlps)):
+        if chosen.dtype != np.bool_:
+            raise InputError(f"{name} has dtype {chosen.dtype}; it must be bool, True where a component stays")
     positions = heads.shape[2] if heads.dim() == 4 else 1
     for name, shape, expected in (
         ("kept.heads", kept.heads.shape, (layers, source.heads)),

@@ -38,7 +38,7 @@ def random_kept(model, seed=0, share=0.5):
 def constants_of(model, ablation):
     """The constants of an ablation; the means are of the model's own activations."""
     states, _, _ = model.run(token_ids(model, batch=7, seed=1))
-    layers, heads = model.graph.num_layers, model.graph.num_heads
+    heads = model.graph.num_heads
     of_heads = states.heads.unflatten(1, (7, LENGTH)).unflatten(-1, (heads, -1))  # [L, B, S, H, d_head]
     of_mlps = states.mlps.unflatten(1, (7, LENGTH))  # [L, B, S, d]
     if ablation == "mean-positional":

@@ -152,6 +152,8 @@ def test_bad_shapes_and_values():
     kept, constants = random_kept(model), constants_of(model, "mean")
     with pytest.raises(InputError, match=r"kept.heads has shape \[2, 4\]; this model needs \[3, 4\]"):
         compile_submodel(model, Kept(kept.heads[:2], kept.mlps), constants)
+    with pytest.raises(InputError, match=r"kept.mlps has dtype int64; it must be bool"):
+        compile_submodel(model, Kept(kept.heads, kept.mlps.astype(int)), constants)
     with pytest.raises(InputError, match=r"constants.heads has shape"):
         compile_submodel(model, kept, dataclasses.replace(constants, heads=constants.heads[..., :2]))
     with pytest.raises(InputError, match=r"constants.mlps has shape \[3, 2, 24\]; this model needs \[3, 1, 24\]"):

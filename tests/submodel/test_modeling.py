@@ -175,8 +175,10 @@ def test_compiles_to_one_graph(name, kind):
     ids = token_ids(submodel)
     torch._dynamo.reset()
     compiled = torch.compile(submodel, fullgraph=True)
-    assert_same(compiled(ids, use_cache=False).logits, submodel(ids).logits)
-    assert_same(compiled(ids, use_cache=False, logits_to_keep=1).logits, submodel(ids).logits[:, -1:])
+    # Hugging Face has rotary angles in float32, whatever the dtype, and a compiled cosine rounds differently.
+    rounding = 4 * torch.finfo(torch.float32).eps if submodel.model.rotary_emb is not None else 1e-12
+    assert_same(compiled(ids, use_cache=False).logits, submodel(ids).logits, rounding)
+    assert_same(compiled(ids, use_cache=False, logits_to_keep=1).logits, submodel(ids).logits[:, -1:], rounding)
 
 
 @pytest.mark.parametrize("name", ZOO)
