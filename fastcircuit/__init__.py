@@ -6,6 +6,8 @@ The names below load what they need on first use, so that ``import fastcircuit``
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastcircuit.submodel.registration import register as _register_submodels
+
 if TYPE_CHECKING:
     from fastcircuit.circuit import Circuit
     from fastcircuit.discovery import Discovery, Settings, discover
@@ -57,3 +59,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+_register_submodels()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,35 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_directory(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Call ``write(temporary)`` on a new directory beside ``path`` and rename it to ``path``: all of it or nothing.
+
+    Raises:
+        InputError: there is something at ``path`` already.
+        RunError: the directory cannot be written (no space, no permission); nothing is left behind.
+    """
+    target = Path(path)
+    if os.path.lexists(target):
+        raise InputError(f"{target} exists already; choose another --out, or remove it")
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        temporary.chmod(0o777 & ~_umask())
+        os.rename(temporary, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write {target}: {reason}; free some space or choose another --out") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_writable(directory: str | os.PathLike[str]) -> None:

@@ -45,9 +45,9 @@ def load_model(
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a model; InputError when there is none."""
-    path = _locate(name)
+    path = locate(name)
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise InputError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
@@ -55,9 +55,9 @@ def load_tokenizer(name: str) -> Any:
 
 def _read_model(name: str, dtype: torch.dtype) -> Any:
     """The Hugging Face model, every weight of it from the file."""
-    path = _locate(name)
+    path = locate(name)
     try:
-        with _quiet():
+        with quiet():
             check_supported(AutoConfig.from_pretrained(path))
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except InputError:
@@ -71,7 +71,7 @@ def _read_model(name: str, dtype: torch.dtype) -> Any:
     return model
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
     """The directory of a model, or its hub id; InputError, without asking the hub, when a path leads to no model."""
     path = Path(zoo.resolve(name)).expanduser()
     if path.is_dir():
@@ -86,7 +86,7 @@ def _locate(name: str) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars, warnings and log lines of the libraries: what is wrong is said once, in our words."""
     loggers = (transformers.logging, huggingface_hub.logging)
     verbosities = [logger.get_verbosity() for logger in loggers]

@@ -1,0 +1,1 @@
+"""The artifact of an extraction: a small Hugging Face model, and how it is compiled, saved and loaded."""
