@@ -1,7 +1,6 @@
 """Examples laid out for pruned runs: packed tokens, and the rows among them that a block has to compute."""
 
 from collections.abc import Iterator
-from functools import cached_property
 
 import torch
 from torch import Tensor
