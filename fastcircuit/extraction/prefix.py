@@ -65,3 +65,4 @@ def answer_log_probs(prefix: Prefix) -> None:
     streams = prefix.inputs(prefix.model.graph.num_layers)
     for chunk, stream in zip(prefix.prompts, streams, strict=True):
         chunk.log_probs = chunk.predict(chunk.answers.narrow(stream[None], chunk.every))[0]
+        chunk.probs = chunk.log_probs.exp()

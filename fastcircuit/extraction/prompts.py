@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import Packing
 from fastcircuit.tasks.task import Examples
@@ -80,6 +79,7 @@ class Prompts:
         counts = examples.answer_mask.sum(1)
         self.weights = (share / counts.double()).repeat_interleave(counts).to(model.device)
         self.log_probs: Tensor | None = None
+        self.probs: Tensor | None = None
 
     def embed(self) -> Tensor:
         """The input of the first block, ``[T, d]``."""
@@ -103,9 +103,11 @@ class Prompts:
         return totals
 
     def _divergence(self, read: Tensor, part: slice) -> Tensor:
+        """``sum_v p_v (ln p_v - ln q_v)``, with p kept and the difference in place: half the time of ``kl_div``."""
         assert self.log_probs is not None
-        divergence = kl_divergence(self.log_probs[part].expand(len(read), -1, -1), self.predict(read))
-        return divergence.double() @ self.weights[part]
+        assert self.probs is not None
+        shift = self.predict(read).sub_(self.log_probs[part])
+        return -torch.einsum("nv,cnv->cn", self.probs[part], shift).double() @ self.weights[part]
 
 
 def chunked(model: MaskedCausalLM, examples: Examples) -> Iterator[Prompts]:

@@ -72,12 +72,22 @@ def pruned_model(model: MaskedCausalLM, constants: Constants, kept: Kept) -> Suf
     return Suffix(tuple(blocks), tuple(removed))
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
-    """The mean of ``values`` ``[N]`` and the percentile interval of RESAMPLES means of N values drawn from them."""
+def bootstrap(values: np.ndarray, seed: int = 0) -> list[Interval]:
+    """Means of M metrics over N examples, ``[M, N]`` (NaN: not defined for an example), and percentile intervals.
+
+    RESAMPLES times N examples are drawn with replacement, the same ones for every metric.
+    """
     generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+    count = values.shape[1]
+    draws = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)]
+    known, filled = ~np.isnan(values), np.nan_to_num(values)
+    sums, counts = (np.stack([part @ draw for draw in draws]) for part in (filled, known.astype(float)))
+    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)  # [RESAMPLES, M]
+    bounds = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return [
+        Interval(float(mean), float(low), float(high))
+        for mean, low, high in zip(np.nanmean(values, axis=1), *bounds, strict=True)
+    ]
 
 
 def _answers(pruned: Suffix, chunk: Prompts) -> Tensor:
@@ -121,5 +131,5 @@ def _example_means(values: Tensor, example: Tensor, count: int) -> Tensor:
 
 
 def _intervals(metrics: dict[str, Tensor], seed: int) -> dict[str, Interval]:
-    known = {name: values[~values.isnan()].numpy() for name, values in metrics.items()}
-    return {name: bootstrap(values, seed) for name, values in known.items() if len(values)}
+    known = {name: values.numpy() for name, values in metrics.items() if not bool(values.isnan().all())}
+    return dict(zip(known, bootstrap(np.stack(list(known.values())), seed), strict=True))

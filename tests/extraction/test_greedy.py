@@ -12,14 +12,19 @@ from transformers import AutoTokenizer
 from fastcircuit import MaskedCausalLM, load_task, zoo
 from fastcircuit.extraction import evaluator, prompts, prune, reference, score, sweep
 from fastcircuit.extraction.ablation import ablation_constants
-from fastcircuit.extraction.candidates import layer_order
+from fastcircuit.extraction.candidates import Rule, layer_order
 from fastcircuit.extraction.evaluator import Evaluator
+from fastcircuit.extraction.greedy import prune_paths
+from fastcircuit.extraction.path import Path
 from fastcircuit.extraction.prefix import Prefix
 from fastcircuit.extraction.prompts import Prompts, chunked
+from fastcircuit.extraction.prune import halves
+from fastcircuit.extraction.size import Sizes
 from fastcircuit.submodel.kept import Kept
 from tests.extraction.random_models import models, random_task, tasks
 from tests.models.tiny import TINY, tiny_model
 
+MODES = ("fast", "reference")
 THRESHOLDS = st.floats(-4, 1).map(lambda exponent: 10**exponent)
 ABLATION = st.sampled_from([("mean", "split"), ("zero", "split"), ("zero", "kept"), ("mean-positional", "split")])
 
@@ -36,7 +41,7 @@ def assert_same(fast, slow, tolerance=1e-9):
         assert ours.kl == pytest.approx(theirs.kl, abs=tolerance, rel=tolerance)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(data=st.data(), model=models(), ablation=ABLATION, thresholds=st.lists(THRESHOLDS, min_size=1, max_size=3))
 def test_fast_decides_as_the_reference(data, model, ablation, thresholds):
     kind, output_bias = ablation
@@ -58,7 +63,7 @@ def test_fast_decides_as_the_reference(data, model, ablation, thresholds):
         assert_same(ours, theirs)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), model=models(), threshold=THRESHOLDS)
 def test_float32_differs_at_reported_ties_only(data, model, threshold):
     task = data.draw(tasks())
@@ -80,9 +85,6 @@ def test_every_architecture(name, kind):
         assert_same(fast, slow)
 
 
-MODES = ("fast", "reference")
-
-
 @pytest.mark.parametrize(
     ("model_name", "task_name"),
     [("stories260K", "pronoun"), ("stories260K", "pronoun-212"), ("induction-gpt2", "induction")],
@@ -91,8 +93,8 @@ MODES = ("fast", "reference")
 def test_shipped_models(model_name, task_name, kind):
     model = MaskedCausalLM.from_pretrained(model_name, dtype=torch.float64)
     task = load_task(task_name, AutoTokenizer.from_pretrained(zoo.resolve(model_name)))
-    options = {"ablation": kind, "most_examples": 60}
-    points = zip(*(sweep(model, task, [0.003, 0.01, 0.1], mode=mode, **options).points for mode in MODES), strict=True)
+    options = {"ablation": kind, "most_examples": 30}
+    points = zip(*(sweep(model, task, [0.003, 0.03], mode=mode, **options).points for mode in MODES), strict=True)
     for fast, slow in points:
         assert not slow.near_ties
         assert_same(fast, slow)
@@ -111,7 +113,7 @@ def test_small_chunks_little_memory_and_wide_speculation_change_nothing(monkeypa
             assert_same(ours, theirs)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data(), model=models())
 def test_the_pruned_model_is_the_reference(data, model):
     """Blocks with fused weights, computed only where needed, against the plain forward."""
@@ -147,7 +149,7 @@ def test_prefix_streams_with_little_memory(capacity):
 
 def test_thresholds_share_what_they_have_in_common():
     model, task = MaskedCausalLM(tiny_model("gpt2")), random_task({"train": 16, "test": 3})
-    _, validation = prune_halves(task)
+    _, validation = halves(task)
     constants = ablation_constants(model, validation, "mean")
     counts = []
     for thresholds in ([0.1], [0.1, 0.1 + 1e-9], [0.1] * 5):
@@ -157,18 +159,7 @@ def test_thresholds_share_what_they_have_in_common():
     assert counts[0] == counts[1] == counts[2]
 
 
-def prune_halves(task):
-    from fastcircuit.extraction.prune import halves
-
-    return halves(task)
-
-
 def run(shared, thresholds):
-    from fastcircuit.extraction.candidates import Rule
-    from fastcircuit.extraction.greedy import prune_paths
-    from fastcircuit.extraction.path import Path
-    from fastcircuit.extraction.size import Sizes
-
     model = shared.model
     paths = [Path(Rule(threshold), Sizes.of(model, 0), 0.0, reference.everything(model)) for threshold in thresholds]
     prune_paths(shared, paths, layer_order(model.graph.num_heads, "code", True))
@@ -177,7 +168,7 @@ def run(shared, thresholds):
 def test_rejections_make_speculation_narrow(monkeypatch):
     """With every candidate rejected, none is computed in vain."""
     model, task = MaskedCausalLM(tiny_model("gpt2")), random_task({"train": 16, "test": 3})
-    _, validation = prune_halves(task)
+    _, validation = halves(task)
     shared = Evaluator(model, ablation_constants(model, validation, "mean"), validation)
     monkeypatch.setattr("fastcircuit.extraction.path.Rule.margin", lambda *_: -1.0, raising=False)
     run(shared, [0.1])

@@ -81,7 +81,7 @@ def test_select(model, task):
     assert swept.select(size_budget=0.999).size <= 0.999
     with pytest.raises(InputError, match="one of them"):
         swept.select()
-    with pytest.raises(InputError, match="no threshold reaches a size of 0.0001; the least is"):
+    with pytest.raises(InputError, match=r"no threshold reaches a size of 0\.0001; the least is"):
         swept.select(size_budget=0.0001)
     with pytest.raises(InputError, match="no threshold reaches a KL of -1; the least is"):
         swept.select(kl_budget=-1)
@@ -124,13 +124,18 @@ def test_metrics_are_those_of_masked_nodes(model):
 
 
 def test_bootstrap_covers_the_mean():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for seed in range(200):
-        interval = bootstrap(generator.normal(size=100), seed)
-        covered += interval.low <= 0 <= interval.high
-    assert 0.88 < covered / 200 < 0.99
-    assert bootstrap(np.ones(5)) == bootstrap(np.ones(7))
+    intervals = bootstrap(np.random.default_rng(0).normal(size=(200, 100)))
+    covered = np.mean([interval.low <= 0 <= interval.high for interval in intervals])
+    assert 0.88 < covered < 0.99
+    widths = np.array([interval.high - interval.low for interval in intervals])
+    assert widths.mean() == pytest.approx(2 * 1.96 / 100**0.5, rel=0.1)
+
+
+def test_bootstrap_leaves_out_what_is_not_defined():
+    values = np.array([[1.0, np.nan, 3.0, np.nan], [1.0, 1.0, 1.0, 1.0]])
+    some, same = bootstrap(values)
+    assert (some.mean, some.low, some.high) == (2.0, 1.0, 3.0)
+    assert (same.mean, same.low, same.high) == (1.0, 1.0, 1.0)
 
 
 def test_answer_tokens_restrict_accuracy(model):
