@@ -22,7 +22,8 @@ class Prefix:
     def __init__(self, model: MaskedCausalLM, constants: Constants, prompts: list[Prompts], budget: int) -> None:
         self.model, self.constants, self.prompts = model, constants, prompts
         tokens = sum(chunk.packing.num_tokens for chunk in prompts)
-        self.capacity = max(1, budget // (tokens * model.config.hidden_size * model.dtype.itemsize))
+        fitting = budget // (tokens * model.config.hidden_size * model.dtype.itemsize)
+        self.capacity = min(max(1, fitting), model.graph.num_layers + 1)
         self._kept: dict[int, Streams] = {}
 
     def inputs(self, layer: int) -> Streams:

@@ -79,9 +79,11 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> list[Interval]:
     """
     generator = np.random.default_rng(seed)
     count = values.shape[1]
-    draws = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)]
     known, filled = ~np.isnan(values), np.nan_to_num(values)
-    sums, counts = (np.stack([part @ draw for draw in draws]) for part in (filled, known.astype(float)))
+    sums, counts = (np.empty((RESAMPLES, len(values))) for _ in range(2))
+    for sample in range(RESAMPLES):
+        times_drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        sums[sample], counts[sample] = filled @ times_drawn, known @ times_drawn
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)  # [RESAMPLES, M]
     bounds = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return [
