@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fastcircuit import MaskedCausalLM, load_task, zoo
-from fastcircuit.extraction import evaluator, prompts, prune, reference, score, sweep
+from fastcircuit.extraction import evaluator, prompts, reference, score, sweep
 from fastcircuit.extraction.ablation import ablation_constants
 from fastcircuit.extraction.candidates import Rule, layer_order
 from fastcircuit.extraction.evaluator import Evaluator
@@ -79,7 +79,9 @@ def test_float32_differs_at_reported_ties_only(data, model, threshold):
 @pytest.mark.parametrize("kind", ["mean", "zero"])
 def test_every_architecture(name, kind):
     model, task = MaskedCausalLM(tiny_model(name)), random_task({"train": 8, "test": 3})
-    points = zip(*(sweep(model, task, [0.01, 0.1, 0.5], ablation=kind, mode=m).points for m in MODES), strict=True)
+    points = zip(
+        *(sweep(model, task, [1e-5, 1e-4, 0.01, 0.1], ablation=kind, mode=m).points for m in MODES), strict=True
+    )
     for fast, slow in points:
         assert not slow.near_ties
         assert_same(fast, slow)
@@ -180,5 +182,5 @@ def test_head_orders():
     assert layer_order(3, "paper", True) == [2, 1, 0, 3]
     assert layer_order(3, "paper", False) == [2, 1, 0]
     model, task = MaskedCausalLM(tiny_model("gpt2")), random_task({"train": 8, "test": 3})
-    names = [candidate.name for candidate in prune(model, task, head_order="paper").history]
+    names = [candidate.name for candidate in sweep(model, task, [1.0], head_order="paper").points[0].history]
     assert names[:6] == ["a2.h3", "a2.h2", "a2.h1", "a2.h0", "m2", "a1.h3"]

@@ -39,7 +39,7 @@ def induction():
 
 def test_a_hugging_face_model_will_do(task):
     hf_model = tiny_model("gpt2")
-    found, expected = prune(hf_model, task, threshold=0.1), prune(MaskedCausalLM(hf_model), task, threshold=0.1)
+    found, expected = (prune(given, task, threshold=1e-5) for given in (hf_model, MaskedCausalLM(hf_model)))
     assert found.history == expected.history
 
 
