@@ -41,6 +41,7 @@ def compare(model, thresholds: list[float]) -> tuple[float, float, str]:
     points = extract(model, shape, thresholds).points
     ours = time.perf_counter() - start
     steps += [seconds(loop.step) for _ in range(CANDIDATES - CANDIDATES // 2)]
+    loop.close()
     total = len(thresholds) * shape.layers * (shape.heads + 1) * statistics.median(steps)
     kept = ", ".join(f"{point.kept.heads.sum()}+{point.kept.mlps.sum()}" for point in points)
     return total, ours, f"heads + MLPs kept: {kept}; {sum(len(point.near_ties) for point in points)} near ties"

@@ -5,14 +5,10 @@ of the candidate and, again, of the current model. Left out, in its favour: the 
 its hooks make the model write out.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
-
-Hook = Callable[..., object]
 
 
 class PublishedExtraction:
@@ -26,6 +22,7 @@ class PublishedExtraction:
         self.model, self.validation, self.threshold = model, validation, threshold
         self.layers, self.heads = model.config.n_layer, model.config.n_head
         self.removed: list[tuple[int, int]] = []
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.means: dict[nn.Module, Tensor] = {}
         self._record_means(patching)
         self.original = F.log_softmax(self._logits(), dim=-1)
@@ -41,10 +38,16 @@ class PublishedExtraction:
         removed = bool(self._kl(logits) - self._kl(self.current) < self.threshold)
         if removed:
             self.removed.append(candidate)
+            self.hooks.append(hook)
             self.current = logits.clone()
         else:
             hook.remove()
         return removed
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        for hook in self.hooks:
+            hook.remove()
 
     @torch.no_grad()
     def _logits(self) -> Tensor:

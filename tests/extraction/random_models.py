@@ -13,6 +13,7 @@ from transformers import (
 
 from fastcircuit import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Pair, Task
+from tests.models.tiny import tiny_model
 
 VOCABULARY = 23
 LONGEST = 9
@@ -46,6 +47,11 @@ def models(draw):
         config = Qwen2Config(**shape, use_sliding_window=True, sliding_window=window, max_window_layers=1)
         architecture = Qwen2ForCausalLM
     return MaskedCausalLM(random_model(architecture(config), draw(st.integers(0, 10**6))))
+
+
+def sensitive(name):
+    """A tiny model of tests/models whose answers feel the loss of a component."""
+    return random_model(tiny_model(name), 0)
 
 
 def random_model(model, seed):
