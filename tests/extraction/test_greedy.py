@@ -41,7 +41,8 @@ def assert_same(fast, slow, tolerance=1e-9):
         assert ours.kl == pytest.approx(theirs.kl, abs=tolerance, rel=tolerance)
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.slow
+@settings(deadline=None, max_examples=50)
 @given(data=st.data(), model=models(), ablation=ABLATION, thresholds=st.lists(THRESHOLDS, min_size=1, max_size=3))
 def test_fast_decides_as_the_reference(data, model, ablation, thresholds):
     kind, output_bias = ablation
@@ -93,7 +94,7 @@ def test_every_architecture(name, kind):
 def test_shipped_models(model_name, task_name, kind):
     model = MaskedCausalLM.from_pretrained(model_name, dtype=torch.float64)
     task = load_task(task_name, AutoTokenizer.from_pretrained(zoo.resolve(model_name)))
-    options = {"ablation": kind, "most_examples": 30}
+    options = {"ablation": kind, "most_examples": 20}
     points = zip(*(sweep(model, task, [0.003, 0.03], mode=mode, **options).points for mode in MODES), strict=True)
     for fast, slow in points:
         assert not slow.near_ties
