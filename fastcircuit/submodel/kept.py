@@ -1,9 +1,9 @@
 """What an extraction decides: which components stay, and what a removed one writes instead."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a removed component writes instead, tensors or arrays.
+    """What a removed component writes instead.
 
     Args:
         heads: what each head passes to its output projection, ``[L, H, P, d_head]``; P is 1 (a constant valid at any
@@ -31,6 +31,6 @@ class Constants:
             head (as in :class:`fastcircuit.models.states.States`).
     """
 
-    heads: Any
-    mlps: Any
+    heads: Tensor
+    mlps: Tensor
     has_output_bias: bool = True

@@ -1,0 +1,137 @@
+"""How well pruned models stand in for the original on held-out examples, with bootstrap confidence intervals."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcircuit.evaluation.metrics import accuracy, exact_match, kl_divergence, logit_difference
+from fastcircuit.extraction.ablation import check_finite
+from fastcircuit.extraction.blocks import LayerConstants, PrunedBlock, Suffix
+from fastcircuit.extraction.prefix import original_block
+from fastcircuit.extraction.prompts import Prompts, chunked
+from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.submodel.kept import Constants, Kept
+from fastcircuit.tasks.task import Examples
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over examples and its bootstrap confidence interval (percentiles, 95 %)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@torch.no_grad()
+def score(
+    model: MaskedCausalLM,
+    constants: Constants,
+    circuits: list[Kept],
+    examples: Examples,
+    answer_tokens: tuple[int, ...] | None = None,
+    seed: int = 0,
+) -> list[dict[str, Interval]]:
+    """Metrics of several pruned models; the original model runs once for all.
+
+    Args:
+        answer_tokens: accuracy and exact match compare among these; None: the full vocabulary. KL is always over the
+            full vocabulary.
+
+    Returns:
+        Per circuit: ``kl`` (nats), ``accuracy``, ``exact_match``, ``model_accuracy``, ``accuracy_change`` (pruned minus
+        original, paired) and, where there are distractors, ``logit_difference`` and ``model_logit_difference`` (nats).
+    """
+    models = [pruned_model(model, constants, kept) for kept in circuits]
+    original = Suffix(
+        tuple(original_block(model, constants, layer) for layer in range(model.graph.num_layers)),
+    )
+    collected: list[list[dict[str, Tensor]]] = [[] for _ in circuits]
+    outside = _outside(model, answer_tokens)
+    first = 0
+    for chunk in chunked(model, examples):
+        part = examples.select(slice(first, first + chunk.packing.shape[0]))
+        first += len(part)
+        reference = _answers(original, chunk)
+        check_finite(model, reference)
+        for rows, pruned in zip(collected, models, strict=True):
+            rows.append(_per_example(reference, _answers(pruned, chunk), part, outside))
+    return [_intervals({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, seed) for rows in collected]
+
+
+def pruned_model(model: MaskedCausalLM, constants: Constants, kept: Kept) -> Suffix:
+    """The whole pruned model, from the embeddings up."""
+    blocks, removed = [], ~np.column_stack([kept.heads, kept.mlps])
+    for layer, block in enumerate(model.anatomy.blocks):
+        blocks.append(PrunedBlock(block, LayerConstants.of(constants, layer), removed[layer], model.anatomy.causal))
+    return Suffix(tuple(blocks), tuple(removed))
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> list[Interval]:
+    """Means of M metrics over N examples, ``[M, N]`` (NaN: not defined for an example), and percentile intervals.
+
+    RESAMPLES times N examples are drawn with replacement, the same ones for every metric.
+    """
+    generator = np.random.default_rng(seed)
+    count = values.shape[1]
+    known, filled = ~np.isnan(values), np.nan_to_num(values)
+    sums, counts = (np.empty((RESAMPLES, len(values))) for _ in range(2))
+    for sample in range(RESAMPLES):
+        times_drawn = np.bincount(generator.integers(count, size=count), minlength=count)
+        sums[sample], counts[sample] = filled @ times_drawn, known @ times_drawn
+    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)  # [RESAMPLES, M]
+    bounds = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    return [
+        Interval(float(mean), float(low), float(high))
+        for mean, low, high in zip(np.nanmean(values, axis=1), *bounds, strict=True)
+    ]
+
+
+def _answers(pruned: Suffix, chunk: Prompts) -> Tensor:
+    """Log-probabilities at the answers, ``[N, V]``."""
+    stream = pruned.rows(chunk).narrow(chunk.embed()[None], chunk.every)
+    return chunk.predict(pruned(stream, chunk))[0]
+
+
+def _outside(model: MaskedCausalLM, answer_tokens: tuple[int, ...] | None) -> Tensor:
+    """0 at the tokens to compare among, -inf elsewhere, ``[V]``."""
+    if answer_tokens is None:
+        return torch.zeros(model.config.vocab_size, device=model.device)
+    outside = torch.full((model.config.vocab_size,), -torch.inf, device=model.device)
+    outside[list(answer_tokens)] = 0
+    return outside
+
+
+def _per_example(reference: Tensor, log_probs: Tensor, examples: Examples, outside: Tensor) -> dict[str, Tensor]:
+    """Every metric as the mean over each example's answers, float64 ``[B]``; NaN where it is not defined."""
+    right, wrong = (
+        part[examples.answer_mask].to(log_probs.device) for part in (examples.answers, examples.distractors)
+    )
+    hits, model_hits = (accuracy(values + outside, right).double() for values in (log_probs, reference))
+    metrics = {
+        "kl": kl_divergence(reference, log_probs),
+        "accuracy": hits,
+        "exact_match": exact_match(reference + outside, log_probs + outside),
+        "logit_difference": logit_difference(log_probs, right, wrong),
+        "model_accuracy": model_hits,
+        "model_logit_difference": logit_difference(reference, right, wrong),
+        "accuracy_change": hits - model_hits,
+    }
+    example = examples.answer_mask.nonzero()[:, 0]
+    return {name: _example_means(values.double().cpu(), example, len(examples)) for name, values in metrics.items()}
+
+
+def _example_means(values: Tensor, example: Tensor, count: int) -> Tensor:
+    known = ~values.isnan()
+    totals = torch.zeros(count, dtype=values.dtype).index_add(0, example[known], values[known])
+    return totals / torch.bincount(example[known], minlength=count)
+
+
+def _intervals(metrics: dict[str, Tensor], seed: int) -> dict[str, Interval]:
+    known = {name: values.numpy() for name, values in metrics.items() if not bool(values.isnan().all())}
+    return dict(zip(known, bootstrap(np.stack(list(known.values())), seed), strict=True))

@@ -1,0 +1,25 @@
+"""The published loop's cost model decides as Algorithm 1 does."""
+
+import pytest
+
+from bench.cases.extraction import extract, published, spread
+from bench.cases.training_step import Shape, random_model
+
+SMALL = Shape(layers=3, heads=4, width=32, vocabulary=101, batch=20, tokens=9)
+
+
+@pytest.mark.parametrize("factor", [1, 10])
+def test_published_decisions(factor):
+    model = spread(random_model(SMALL), factor).double()
+    for threshold in (1e-5, 1e-4, 1e-3):
+        (ours,) = extract(model, SMALL, [threshold]).points
+        loop = published(model, SMALL, threshold)
+        for _ in range(SMALL.layers * (SMALL.heads + 1)):
+            loop.step()
+        assert loop.removed == [
+            (candidate.layer, SMALL.heads if candidate.head is None else candidate.head)
+            for candidate in ours.history
+            if candidate.removed
+        ]
+        assert float(loop._kl(loop.current)) == pytest.approx(ours.kl, rel=1e-9)
+        loop.close()
