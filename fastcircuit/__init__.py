@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastcircuit.discovery import Discovery, Settings, discover
     from fastcircuit.errors import InputError, RunError
     from fastcircuit.evaluation.faithfulness import evaluate
+    from fastcircuit.extraction.extract import extract
     from fastcircuit.graph import Graph
     from fastcircuit.masks import Masks
     from fastcircuit.models.masked import MaskedCausalLM
@@ -32,6 +33,7 @@ __all__ = [
     "discover",
     "draw",
     "evaluate",
+    "extract",
     "load_task",
 ]
 
@@ -47,6 +49,7 @@ _HOMES = {
     "discover": "discovery",
     "draw": "report",
     "evaluate": "evaluation.faithfulness",
+    "extract": "extraction.extract",
     "load_task": "tasks",
 }
 

@@ -47,8 +47,7 @@ def write_directory(path: str | os.PathLike[str], write: Callable[[Path], None])
         RunError: the directory cannot be written (no space, no permission); nothing is left behind.
     """
     target = Path(path)
-    if os.path.lexists(target):
-        raise InputError(f"{target} exists already; choose another --out, or remove it")
+    check_new(target)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +55,7 @@ def write_directory(path: str | os.PathLike[str], write: Callable[[Path], None])
         write(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
         temporary.chmod(0o777 & ~_umask())
@@ -66,6 +66,14 @@ def write_directory(path: str | os.PathLike[str], write: Callable[[Path], None])
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(directory: str | os.PathLike[str]) -> None:
+    """InputError unless ``directory`` can be made: nothing is there yet, and its parent can be written into."""
+    target = Path(directory)
+    if os.path.lexists(target):
+        raise InputError(f"{target} exists already; choose another --out, or remove it")
+    check_writable(target)
 
 
 def check_writable(directory: str | os.PathLike[str]) -> None:

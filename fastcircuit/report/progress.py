@@ -1,4 +1,4 @@
-"""Progress of a discovery run: a bar with rate and time left on a terminal, a line at every tenth elsewhere."""
+"""Progress of a run: a bar with rate and time left on a terminal, a line at every tenth elsewhere."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -27,6 +28,9 @@ class Watcher(Protocol):
 
     def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
         """After a round of refinement."""
+
+    def on_candidate(self, done: int, most: int) -> None:
+        """After some candidates of an extraction were decided."""
 
 
 @contextmanager
@@ -55,13 +59,16 @@ class _Rate(ProgressColumn):
 class _Bars:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.bars = {"discover": progress.add_task("discover", total=None, numbers="")}
+        self.bars: dict[str, TaskID] = {}
 
     def on_report(self, report: Report) -> None:
         self._show("discover", report.step + 1, report.steps, _numbers(report))
 
     def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
         self._show(stage, done, most, f"training KL {kl:.3f}")
+
+    def on_candidate(self, done: int, most: int) -> None:
+        self._show("extract", done, most, "components decided")
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:
         if name not in self.bars:
@@ -79,6 +86,9 @@ class _Lines:
 
     def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
         self._show(stage, done, most, f"training KL {kl:.3f}")
+
+    def on_candidate(self, done: int, most: int) -> None:
+        self._show("extract", done, most, "components decided")
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:
         tenth = 10 * done // total

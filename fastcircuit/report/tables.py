@@ -50,6 +50,39 @@ def overlap_table(found: dict[str, Any], first: str, second: str) -> Table:
     return table
 
 
+def extraction_table(found: dict[str, Any], task: str) -> Group:
+    """What an extraction kept and was measured to be (see ``Extraction.to_dict``), with 95 % intervals."""
+    kept = Table("layer", "heads", "MLP", title="kept", title_justify="left")
+    for layer, heads in enumerate(found["heads"]):
+        kept.add_row(str(layer), ", ".join(map(str, heads)) or "-", "yes" if layer in found["mlps"] else "-")
+    sizes = Table("parameters", "original", "submodel", "smaller by")
+    for name, key in (("all", "parameters"), ("without embeddings", "parameters_without_embeddings")):
+        before, after = found[key]["original"], found[key]["submodel"]
+        sizes.add_row(name, f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}")
+    metrics = Table("metric", "submodel", "95 % interval", title=f"{task}, test", title_justify="left")
+    for name, value in found["test"].items():
+        metrics.add_row(name, _number(value, "mean"), f"{value['low']:.4f} to {value['high']:.4f}")
+    if found["circuit_kl"] is not None:
+        metrics.add_row("KL(edge circuit || submodel), nats", _number(found, "circuit_kl"), "")
+    ties = [f"{found['near_ties']} decisions were within rounding of the threshold"] if found["near_ties"] else []
+    return Group(kept, sizes, metrics, *ties)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> Table:
+    """Medians of both models, the speed-up, and its bound from the work that is left (see ``SpeedRow``)."""
+    table = Table("phase", "batch", "original, ms", "submodel, ms", "speed-up", "bound")
+    for row in rows:
+        table.add_row(
+            row["phase"],
+            str(row["batch"]),
+            f"{row['original_ms']:.2f}",
+            f"{row['submodel_ms']:.2f}",
+            f"{row['speedup']:.2f}",
+            f"{row['bound']:.2f}",
+        )
+    return table
+
+
 def info_table(found: dict[str, Any]) -> Table:
     """What :func:`fastcircuit.system.system_info` found."""
     table = Table("what", "here", show_lines=True)

@@ -1,0 +1,212 @@
+"""How much faster a submodel is than the model it came from, and how much faster it could be at most."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from fastcircuit.errors import RunError
+
+BATCHES = (1, 8, 32)
+DECODED = 8  # tokens decoded per round
+NOISE = 0.1  # what a measured ratio may lie above its bound before it is called an error
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One phase at one batch size: medians and 95th percentiles in milliseconds (decode: per token).
+
+    Args:
+        speedup: median of the original over that of the submodel.
+        bound: the largest speed-up the work left allows: the ratio of floating-point operations, of bytes moved, or of
+            operations launched, whichever is largest.
+    """
+
+    phase: str
+    batch: int
+    original_ms: float
+    original_p95_ms: float
+    submodel_ms: float
+    submodel_p95_ms: float
+    speedup: float
+    bound: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call does: floating-point operations in products, bytes of all operands and results, operations."""
+
+    flops: int
+    bytes: int
+    operations: int
+
+    def ratio(self, other: "Work") -> float:
+        """How many times the work of ``other`` this is, in the resource where it is most."""
+        return max(
+            mine / max(theirs, 1)
+            for mine, theirs in (
+                (self.flops, other.flops),
+                (self.bytes, other.bytes),
+                (self.operations, other.operations),
+            )
+        )
+
+
+def measure_speed(
+    original: Any,
+    submodel: Any,
+    tokens: int = 64,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 10,
+    compiled: bool = False,
+    on_row: Callable[[SpeedRow], None] | None = None,
+) -> list[SpeedRow]:
+    """Both models under one protocol: prefill of random prompts, then decoding token by token with a cache.
+
+    Both give logits of the last position only, take turns within a round, and run twice before anything is timed.
+    A circuit with the logits of its answer tokens only cannot decode, so it has prefill rows alone.
+
+    Args:
+        original, submodel: Hugging Face decoders on the same device, with the same vocabulary.
+        tokens: length of the prompts.
+        compiled: time ``torch.compile`` of both prefills instead of eager ones; decoding is left out.
+
+    Raises:
+        RunError: a measured speed-up lies above its bound, so that one of the two is wrong.
+    """
+    rows = []
+    limit = getattr(submodel, "longest_input", None) or tokens
+    for batch in batches:
+        shape = batch, min(tokens, limit)
+        ids = torch.randint(0, original.config.vocab_size, shape, generator=torch.Generator().manual_seed(batch))
+        ids = ids.to(original.device)
+        phases = {"prefill": _prefill}
+        if not compiled and getattr(submodel.config, "answer_tokens", None) is None:
+            phases["decode"] = _decode
+        for phase, make in phases.items():
+            per_call = DECODED if phase == "decode" else 1
+            row = _row(phase, batch, [make(model, ids) for model in (original, submodel)], per_call, rounds, compiled)
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+    worst = max(rows, key=lambda row: row.speedup / row.bound)
+    if worst.speedup > worst.bound * (1 + NOISE):
+        raise RunError(
+            f"{worst.phase} at batch {worst.batch}: the measured speed-up {worst.speedup:.2f} is above its bound "
+            f"{worst.bound:.2f}; time again on a quiet machine"
+        )
+    return rows
+
+
+def _row(phase: str, batch: int, calls: list[Call], per_call: int, rounds: int, compiled: bool) -> SpeedRow:
+    with torch.no_grad():
+        bound = work_of(calls[0]).ratio(work_of(calls[1]))
+        if compiled:
+            calls = [torch.compile(call, dynamic=False) for call in calls]
+        times = _interleaved(calls, rounds)
+    milliseconds = [[second * 1e3 / per_call for second in seconds] for seconds in times]
+    medians = [statistics.median(values) for values in milliseconds]
+    highs = [statistics.quantiles(values, n=20, method="inclusive")[-1] for values in milliseconds]
+    return SpeedRow(
+        phase=f"{phase}, compiled" if compiled else phase,
+        batch=batch,
+        original_ms=medians[0],
+        original_p95_ms=highs[0],
+        submodel_ms=medians[1],
+        submodel_p95_ms=highs[1],
+        speedup=medians[0] / medians[1],
+        bound=bound,
+    )
+
+
+def _prefill(model: Any, ids: Tensor) -> Call:
+    return lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+
+
+def _decode(model: Any, ids: Tensor) -> Call:
+    """DECODED single tokens after a prompt that is in the cache already; the cache is cut back afterwards."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :-DECODED], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    steps = ids[:, -DECODED:].split(1, dim=1)
+
+    def run() -> None:
+        for step in steps:
+            model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-DECODED)
+
+    return run
+
+
+def _interleaved(calls: list[Call], rounds: int) -> list[list[float]]:
+    """Seconds per call, the calls taking turns."""
+    times: list[list[float]] = [[] for _ in calls]
+    with _without_collection():
+        for number in range(rounds + 2):
+            for seconds, call in zip(times, calls, strict=True):
+                _synchronize()
+                start = time.perf_counter()
+                call()
+                _synchronize()
+                if number >= 2:
+                    seconds.append(time.perf_counter() - start)
+    return times
+
+
+def work_of(call: Call) -> Work:
+    """Counts what ``call`` does, as it runs eagerly and with attention written out."""
+    call()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        call()
+    with _Traffic() as traffic:
+        call()
+    return Work(flops.get_total_flops(), traffic.bytes, traffic.operations)
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes of operands and results, and the number, of operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.operations += 1
+        return result
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
