@@ -14,7 +14,7 @@ from rich.console import Console
 from fastcircuit.errors import InputError, RunError
 
 app = typer.Typer(
-    help="Find circuits in transformers: discover, evaluate, compare, draw.",
+    help="Find circuits in transformers, and extract them as smaller models.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -329,18 +329,20 @@ def demo(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """The whole story on a shipped model: find the circuit that says She or He, evaluate it, draw it."""
+    """The whole story on a shipped model: find the circuit that says She or He, evaluate, draw and extract it."""
     from fastcircuit.demo import run_demo
     from fastcircuit.report.progress import watch
-    from fastcircuit.report.tables import metrics_table
+    from fastcircuit.report.tables import extraction_table, metrics_table, speed_table
 
     with watch(stderr) as watcher:
-        story = run_demo(out, seed, watcher.on_report, watcher.on_round)
+        story = run_demo(out, seed, watcher.on_report, watcher.on_round, watcher.on_candidate)
     if as_json:
         _print_json(story.to_dict())
     else:
-        stdout.print(metrics_table(story.circuit))
-        stdout.print(f"took {story.seconds:.0f} s; wrote " + ", ".join(map(str, story.files)), soft_wrap=True)
+        stdout.print(metrics_table(story.circuit), f"found in {story.seconds:.0f} s")
+        stdout.print(extraction_table(story.extraction.to_dict(), story.extraction.task))
+        stdout.print(speed_table([row.to_dict() for row in story.speed]))
+        stdout.print("wrote " + ", ".join(map(str, story.files)), soft_wrap=True)
     story.check()
 
 

@@ -1,5 +1,8 @@
-"""The demo: in a real small Llama, find the circuit that says "She" or "He" after a name, evaluate it, draw it."""
+"""The demo: in a real small Llama, find the circuit that says "She" or "He" after a name, evaluate it, draw it, and
+extract a smaller model that still does it.
+"""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +15,11 @@ from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.run import Run
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import RunError
+from fastcircuit.extraction.extract import Extraction, run_extraction, speed_of
+from fastcircuit.extraction.path import OnCandidate
 from fastcircuit.models.loading import load_model, load_tokenizer
 from fastcircuit.report import draw
+from fastcircuit.submodel.speed import SpeedRow
 from fastcircuit.tasks import load_task
 
 MODEL, TASK, EDGES = "stories260K", "pronoun", 170
@@ -23,15 +29,19 @@ SETTINGS = Settings(refine=False)
 WORST_KL = 0.25
 LEAST_ACCURACY = 0.75
 PICTURES = ("circuit.html", "circuit.svg", "circuit.png")
+SUBMODEL = "submodel"
+MOST_ACCURACY_LOST = 0.01
 
 
 @dataclass(frozen=True)
 class Story:
-    """What the demo found: the circuit with its test metrics, the files written, and the seconds it took to find."""
+    """What the demo found: the circuit with its test metrics, the seconds that took, the submodel, and the files."""
 
     circuit: Circuit
-    files: list[Path]
     seconds: float
+    extraction: Extraction
+    speed: list[SpeedRow]
+    files: list[Path]
 
     def to_dict(self) -> dict[str, Any]:
         metrics = self.circuit.metrics["test"]
@@ -43,16 +53,22 @@ class Story:
                 "test": {name: metrics[name] for name in ("kl", "accuracy", "logit_difference", "exact_match")},
                 "seconds": self.seconds,
             },
+            "extract": {**self.extraction.to_dict(), "speed": [row.to_dict() for row in self.speed]},
             "files": [str(path) for path in self.files],
         }
 
     def check(self) -> None:
-        """RunError when the circuit is worse than the README states."""
+        """RunError when the circuit or the submodel is worse than the README states."""
         metrics = self.circuit.metrics["test"]
         if not (metrics["kl"] <= WORST_KL and metrics["accuracy"] >= LEAST_ACCURACY):
             raise RunError(
                 f"the demo's circuit has test KL {metrics['kl']:.3f} and accuracy {metrics['accuracy']:.3f}; "
                 f"stated are at most {WORST_KL} and at least {LEAST_ACCURACY}"
+            )
+        change = self.extraction.metrics["accuracy_change"].mean
+        if change < -MOST_ACCURACY_LOST:
+            raise RunError(
+                f"the demo's submodel loses {-change:.3f} of accuracy; stated is at most {MOST_ACCURACY_LOST}"
             )
 
 
@@ -61,9 +77,11 @@ def run_demo(
     seed: int = 0,
     on_report: Callable[[Report], None] | None = None,
     on_round: OnRound | None = None,
+    on_candidate: OnCandidate | None = None,
 ) -> Story:
-    """Discover, evaluate and draw; everything is written into ``out``, replacing an earlier demo."""
-    model, task = load_model(MODEL), load_task(TASK, load_tokenizer(MODEL))
+    """Discover, evaluate, draw and extract; everything is written into ``out``, replacing an earlier demo."""
+    tokenizer = load_tokenizer(MODEL)
+    model, task = load_model(MODEL), load_task(TASK, tokenizer)
     started = time.perf_counter()
     run = Run(out, overwrite=True)
     circuit = run.discover(
@@ -79,4 +97,8 @@ def run_demo(
     pictures = [out / name for name in PICTURES]
     for picture in pictures:
         draw(circuit, picture)
-    return Story(circuit, [*run.files, *pictures], seconds)
+    extraction = run_extraction(model, task, seed=seed, on_candidate=on_candidate)
+    speed = speed_of(model, extraction, task)
+    shutil.rmtree(out / SUBMODEL, ignore_errors=True)
+    extraction.save(out / SUBMODEL, tokenizer, speed)
+    return Story(circuit, seconds, extraction, speed, [*run.files, *pictures, out / SUBMODEL])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BertConfig, PreTrainedTokenizerFast
 
 from fastcircuit import cli, demo
 from fastcircuit.circuit import Circuit
@@ -238,13 +238,55 @@ def test_draw(finished, answer, name, start):
 @pytest.mark.slow
 def test_demo(answer):
     story = answer("demo")
-    assert set(story) == {"discover", "files"}
+    assert set(story) == {"discover", "extract", "files"}
     assert set(story["discover"]) == {"edges", "total_edges", "sparsity", "test", "seconds"}
     assert set(story["discover"]["test"]) == {"kl", "accuracy", "logit_difference", "exact_match"}
     assert story["discover"]["edges"] == demo.EDGES
     assert story["discover"]["test"]["kl"] <= demo.WORST_KL
     assert story["discover"]["test"]["accuracy"] >= demo.LEAST_ACCURACY
     assert all(Path(file).stat().st_size for file in story["files"])
+
+
+def test_extract_writes_a_model_that_loads(shelf, run):
+    arguments = ("--data", shelf / "pairs.jsonl", "--threshold", "1e-7", "--out", "sub")
+    code, out, err = run("extract", shelf / "gpt2", *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert set(found) == {"extract", "directory"}
+    assert {"heads", "mlps", "parameters", "test", "speed"} <= set(found["extract"])
+    assert AutoModelForCausalLM.from_pretrained(found["directory"]).config.model_type == "fastcircuit"
+    code, out, err = run("extract", shelf / "gpt2", *arguments)
+    assert (code, out) == (2, "")
+    assert "sub exists already" in err
+
+
+def test_extract_that_leaves_nothing_says_so_and_writes_nothing(shelf, run):
+    code, out, err = run("extract", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--threshold", "9", "--out", "sub")
+    assert (code, out) == (2, "")
+    assert "prunes every head and MLP" in err.splitlines()[-1]
+    assert os.listdir() == []
+
+
+def test_mean_positional_of_unequal_prompts_is_refused(shelf, run):
+    rows = [
+        {"clean": pair["clean"].replace("saw the", "saw"), "corrupted": pair["corrupted"].replace("saw the", "saw")}
+        for pair in pairs()
+    ]
+    Path("uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *pairs()]))
+    code, out, err = run(
+        "extract", shelf / "gpt2", "--data", "uneven.jsonl", "--ablation", "mean-positional", "--out", "sub"
+    )
+    assert (code, out) == (2, "")
+    assert "needs prompts of equal length" in err
+    assert os.listdir() == ["uneven.jsonl"]
+
+
+def test_extract_of_a_circuit_prints_tables(shelf, finished, run):
+    pairs, circuit = shelf / "pairs.jsonl", finished / "circuit.json"
+    code, out, err = run("extract", shelf / "gpt2", "--data", pairs, "--circuit", circuit, "--out", "sub")
+    assert code == 0, err
+    assert "KL(edge circuit || submodel), nats" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 100
 
 
 def test_a_demo_worse_than_stated_fails(run, monkeypatch):
@@ -256,7 +298,7 @@ def test_a_demo_worse_than_stated_fails(run, monkeypatch):
 
 
 def _as_written(name):
-    return ["circuit.json", "masks.safetensors", *demo.PICTURES].index(name)
+    return ["circuit.json", "masks.safetensors", *demo.PICTURES, demo.SUBMODEL].index(name)
 
 
 BAD_CALLS = {
@@ -294,6 +336,16 @@ BAD_CALLS = {
     "another model's circuit": ("evaluate {shelf}/llama {run}/circuit.json --data {shelf}/pairs.jsonl", "the circuit "),
     "split": ("evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --split dev", "has no split 'dev'"),
     "circuit of own data": ("evaluate {shelf}/gpt2 {run}/circuit.json", "no task 'pairs'; tasks: induction"),
+    "ablation to extract": (
+        "extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --out sub --ablation none",
+        "ablation is 'none'",
+    ),
+    "threshold": ("extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --out sub --threshold 0", "threshold is 0"),
+    "extract out": ("extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --out {shelf}", "exists already"),
+    "extract of another model's circuit": (
+        "extract {shelf}/llama --data {shelf}/pairs.jsonl --circuit {run}/circuit.json --out sub",
+        "the circuit ",
+    ),
     "other graph": ("compare {run}/circuit.json {shelf}/other.json --union u.json", "over different graphs"),
     "suffix": ("draw {run}/circuit.json -o c.jpg", "its suffix is not one of .svg, .png, .html"),
 }

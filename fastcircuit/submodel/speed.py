@@ -86,9 +86,6 @@ def measure_speed(
         original, submodel: Hugging Face decoders on the same device, with the same vocabulary.
         tokens: length of the prompts.
         compiled: time ``torch.compile`` of both prefills instead of eager ones; decoding is left out.
-
-    Raises:
-        RunError: a measured speed-up lies above its bound, so that one of the two is wrong.
     """
     rows = []
     limit = getattr(submodel, "longest_input", None) or tokens
@@ -105,13 +102,17 @@ def measure_speed(
             rows.append(row)
             if on_row is not None:
                 on_row(row)
+    return rows
+
+
+def check_bounds(rows: Sequence[SpeedRow]) -> None:
+    """RunError when a measured speed-up lies above its bound, so that one of the two is wrong."""
     worst = max(rows, key=lambda row: row.speedup / row.bound)
     if worst.speedup > worst.bound * (1 + NOISE):
         raise RunError(
             f"{worst.phase} at batch {worst.batch}: the measured speed-up {worst.speedup:.2f} is above its bound "
             f"{worst.bound:.2f}; time again on a quiet machine"
         )
-    return rows
 
 
 def _row(phase: str, batch: int, calls: list[Call], per_call: int, rounds: int, compiled: bool) -> SpeedRow:
