@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
 INTERRUPTED = 130  # what typer returns when a command is stopped by Ctrl-C
@@ -344,6 +346,41 @@ def demo(
         stdout.print(speed_table([row.to_dict() for row in story.speed]))
         stdout.print("wrote " + ", ".join(map(str, story.files)), soft_wrap=True)
     story.check()
+
+
+@bench_app.command("submodel")
+def bench_submodel(
+    directory: Annotated[Path, typer.Argument(help="A submodel that `fastcircuit extract` wrote.")],
+    original: Annotated[
+        str | None, typer.Option(help="The model it came from. Default: what the submodel's config says.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the prompts.", min=16)] = 64,
+    rounds: Annotated[int, typer.Option(help="Measurements of each call.", min=2)] = 10,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Time torch.compile of both too (minutes).")] = False,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Time a submodel beside the model it came from, and the speed-up beside its bound."""
+    from fastcircuit.report.tables import speed_table
+    from fastcircuit.submodel.saving import load_submodel
+    from fastcircuit.submodel.speed import check_bounds, measure_speed
+
+    submodel = load_submodel(directory, "cpu", dtype.value)
+    name = original or (submodel.config.source or {}).get("model")
+    if name is None:
+        raise InputError(f"{directory} does not say what model it came from; name it with --original")
+    full = _load_model(name, device, dtype, EmbeddingNodes.split).model
+    submodel = submodel.to(full.device)
+    rows = measure_speed(full, submodel, tokens, rounds=rounds)
+    if compiled:
+        rows += measure_speed(full, submodel, tokens, rounds=rounds, compiled=True)
+    shown = [row.to_dict() for row in rows]
+    if as_json:
+        _print_json({"submodel": str(directory), "original": name, "rows": shown})
+    else:
+        stdout.print(speed_table(shown))
+    check_bounds(rows)
 
 
 def _load_model(name: str, device: Device, dtype: Dtype, embedding_nodes: EmbeddingNodes) -> Any:

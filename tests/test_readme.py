@@ -38,7 +38,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
     assert len(found) == 1
     tested, _, code = found[0]
     assert tested
-    assert len(code.splitlines()) == 10
+    assert len(code.splitlines()) == 11
     exec(compile(few_steps(code), "README.md", "exec"), {})
     assert "Circuit(100 of 1701 edges" in capsys.readouterr().out
     assert sorted(path.name for path in Path("found").iterdir()) == ["circuit.json", "circuit.svg", "masks.safetensors"]
@@ -49,7 +49,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
     ((_, file, rows),) = blocks("json")
     Path(file).write_text(rows, encoding="utf-8")
     commands = [line for tested, _, code in blocks("sh") if tested for line in few_steps(code).splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
         assert sys.argv[0] == "fastcircuit"
@@ -57,6 +57,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
             cli.main()
         assert stopped.value.code == 0, command
     assert Path("runs/union.html").stat().st_size
+    assert Path("runs/submodel/model.safetensors").stat().st_size
 
 
 def test_what_is_not_run_is_only_the_installation():
@@ -70,7 +71,8 @@ def test_the_demos_numbers_are_the_programs():
     assert int(stated[1]) == demo.EDGES
     assert float(re.search(r"KL divergence of at most ([\d.]+\d) nats", WORDS)[1]) == demo.WORST_KL
     assert float(re.search(r"accuracy of at least ([\d.]+\d)", WORDS)[1]) == demo.LEAST_ACCURACY
-    assert all(f"`{name}`" in WORDS for name in demo.PICTURES)
+    assert float(re.search(r"loses at most ([\d.]+\d) of accuracy", WORDS)[1]) == demo.MOST_ACCURACY_LOST
+    assert all(f"`{name}`" in WORDS for name in (*demo.PICTURES, demo.SUBMODEL))
 
 
 def test_what_it_lists_is_what_there_is():
