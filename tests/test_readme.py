@@ -80,6 +80,7 @@ def test_what_it_lists_is_what_there_is():
     for kind in ("architectures", "models", "tasks"):
         assert all(f"`{name}`" in README for name in found[kind]), kind
     commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    commands += [group.name for group in cli.app.registered_groups]
     assert re.findall(r"^\| `fastcircuit (\w+)", README, re.MULTILINE) == [
         "demo",
         *(c for c in commands if c != "demo"),
