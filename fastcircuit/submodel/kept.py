@@ -1,9 +1,9 @@
-"""What extraction finds and the submodel is built from: which components stay, and what the removed ones write."""
+"""What an extraction decides: which components stay, and what a removed one writes instead."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Kept:
     """Which components stay.
 
     Args:
-        heads: bool ``[L, H]``.
+        heads: bool ``[L, H]``, query heads.
         mlps: bool ``[L]``.
     """
 
@@ -21,14 +21,16 @@ class Kept:
 
 @dataclass(frozen=True)
 class Constants:
-    """What a removed component writes instead.
+    """What a removed component writes instead, tensors or arrays.
 
     Args:
-        heads: ``[L, H, P, d_head]``, before the output projection; P = 1, or one vector per position.
-        mlps: ``[L, P, d]``.
-        has_output_bias: False when zero ablation removes 1/H of ``b_O`` with each head (bias convention ``split``).
+        heads: what each head passes to its output projection, ``[L, H, P, d_head]``; P is 1 (a constant valid at any
+            length) or one vector per position.
+        mlps: MLP outputs, ``[L, P, d]``.
+        has_output_bias: False when zero ablation with the bias convention ``split`` removes 1/H of ``b_O`` with each
+            head (as in :class:`fastcircuit.models.states.States`).
     """
 
-    heads: Tensor
-    mlps: Tensor
-    has_output_bias: bool
+    heads: Any
+    mlps: Any
+    has_output_bias: bool = True
