@@ -8,6 +8,8 @@ from bench.cases.training_step import Shape, random_pairs
 from fastcircuit.extraction.prune import Sweep, halves, sweep
 from fastcircuit.tasks.task import Task
 
+FACTOR = 3.0
+LOGIT_SPREAD = 3.0
 GPT2_SMALL_150 = Shape(batch=300, tokens=15)
 
 
@@ -28,11 +30,17 @@ def published(model: GPT2LMHeadModel, shape: Shape, threshold: float) -> Publish
     return PublishedExtraction(model, patching.input_ids, validation.input_ids, threshold)
 
 
-def spread(model: GPT2LMHeadModel, factor: float) -> GPT2LMHeadModel:
-    """Weights ``factor`` times larger in every block: components that differ in how much they matter."""
+def opinionated(model: GPT2LMHeadModel, factor: float = FACTOR) -> GPT2LMHeadModel:
+    """The model with block weights ``factor`` times larger, and logits with a standard deviation of LOGIT_SPREAD.
+
+    A model that is drawn at random predicts much the same for every prompt and can do without all its components;
+    this one has components that matter, as a trained model has.
+    """
     with torch.no_grad():
         for block in model.transformer.h:
             for parameter in block.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(factor)
+        norm = model.lm_head.weight.pow(2).sum(1).mean().sqrt()
+        model.transformer.ln_f.weight.fill_(LOGIT_SPREAD / float(norm))
     return model

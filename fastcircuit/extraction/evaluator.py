@@ -41,7 +41,7 @@ class Evaluator:
         """Turn to ``layer``: removals are now tested in it. Layers are entered from the last to the first."""
         self.layer = layer
         self._known: dict[tuple[bytes, bytes], float] = {}
-        self._grown: dict[tuple[bytes, bytes], Suffix] = {}
+        self._pruned: dict[bytes, PrunedBlock] = {}
         self._outputs: dict[tuple[int, bool], Tensor] = {}
         self._streams = self.prefix.inputs(layer)
         self._block = self.model.anatomy.blocks[layer]
@@ -75,11 +75,10 @@ class Evaluator:
 
     def grow(self, suffix: Suffix, removed: np.ndarray) -> Suffix:
         """``suffix`` with this layer, as it was decided, in front."""
-        key = suffix.key, removed.tobytes()
-        if key not in self._grown:
-            block = PrunedBlock(self._block, self._layer_constants, removed, self.model.anatomy.causal)
-            self._grown[key] = suffix.below(block, removed.copy())
-        return self._grown[key]
+        key = removed.tobytes()
+        if key not in self._pruned:
+            self._pruned[key] = PrunedBlock(self._block, self._layer_constants, removed, self.model.anatomy.causal)
+        return suffix.below(self._pruned[key], removed.copy())
 
     def _layer_output(self, index: int, rows: Rows, trials: list[np.ndarray]) -> Tensor:
         """The stream behind this layer at ``rows`` for every trial, ``[C, n, d]``."""

@@ -47,11 +47,9 @@ def score(
         Per circuit: ``kl`` (nats), ``accuracy``, ``exact_match``, ``model_accuracy``, ``accuracy_change`` (pruned minus
         original, paired) and, where there are distractors, ``logit_difference`` and ``model_logit_difference`` (nats).
     """
-    models = [pruned_model(model, constants, kept) for kept in circuits]
-    original = Suffix(
-        tuple(original_block(model, constants, layer) for layer in range(model.graph.num_layers)),
-    )
-    collected: list[list[dict[str, Tensor]]] = [[] for _ in circuits]
+    distinct = {_key(kept): kept for kept in circuits}
+    collected: dict[bytes, list[dict[str, Tensor]]] = {key: [] for key in distinct}
+    original = Suffix(tuple(original_block(model, constants, layer) for layer in range(model.graph.num_layers)))
     outside = _outside(model, answer_tokens)
     first = 0
     for chunk in chunked(model, examples):
@@ -59,9 +57,14 @@ def score(
         first += len(part)
         reference = _answers(original, chunk)
         check_finite(model, reference)
-        for rows, pruned in zip(collected, models, strict=True):
-            rows.append(_per_example(reference, _answers(pruned, chunk), part, outside))
-    return [_intervals({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, seed) for rows in collected]
+        for key, kept in distinct.items():
+            pruned = pruned_model(model, constants, kept)
+            collected[key].append(_per_example(reference, _answers(pruned, chunk), part, outside))
+    intervals = {
+        key: _intervals({name: torch.cat([row[name] for row in rows]) for name in rows[0]}, seed)
+        for key, rows in collected.items()
+    }
+    return [intervals[_key(kept)] for kept in circuits]
 
 
 def pruned_model(model: MaskedCausalLM, constants: Constants, kept: Kept) -> Suffix:
@@ -90,6 +93,10 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> list[Interval]:
         Interval(float(mean), float(low), float(high))
         for mean, low, high in zip(np.nanmean(values, axis=1), *bounds, strict=True)
     ]
+
+
+def _key(kept: Kept) -> bytes:
+    return kept.heads.tobytes() + kept.mlps.tobytes()
 
 
 def _answers(pruned: Suffix, chunk: Prompts) -> Tensor:
