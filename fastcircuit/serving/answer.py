@@ -47,22 +47,23 @@ class Answer:
         self._echoes = [_echo(engine, prompt) for prompt in request.prompt for _ in range(choices)]
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Pieces of all choices as they come, prompts first with ``echo``; leaving early gives up the rest."""
-        try:
-            self._engine.submit(self._completions)
-            if self.request.echo:
-                for index, text in enumerate(self._echoes):
-                    yield Piece(index, text)
-            left = len(self._completions)
-            while left:
-                piece = await self._pieces.get()
-                if piece.error is not None:
-                    raise ApiError(piece.error, status=500)
-                left -= piece.is_last
-                yield piece
-        finally:
-            for completion in self._completions:
-                completion.cancel()
+        """Pieces of all choices as they come, prompts first with ``echo``."""
+        self._engine.submit(self._completions)
+        if self.request.echo:
+            for index, text in enumerate(self._echoes):
+                yield Piece(index, text)
+        left = len(self._completions)
+        while left:
+            piece = await self._pieces.get()
+            if piece.error is not None:
+                raise ApiError(piece.error, status=500)
+            left -= piece.is_last
+            yield piece
+
+    def cancel(self) -> None:
+        """Give up what is not done: nobody waits for it."""
+        for completion in self._completions:
+            completion.cancel()
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one object."""
@@ -97,8 +98,11 @@ class Answer:
                 seed=seed,
             ),
             text=TextStream(self._engine.tokenizer, prompt, request.stop),
-            deliver=lambda piece: self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece) and None,
+            deliver=self._deliver,
         )
+
+    def _deliver(self, piece: Piece) -> None:
+        self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     def _usage(self, tokens: int) -> dict[str, int]:
         return {
@@ -143,7 +147,7 @@ def _max_tokens(engine: Engine, prompt: Sequence[int], asked: int | None) -> int
     if engine.answers is not None and (asked or 1) > 1:
         raise ApiError(
             f"max_tokens is {asked}, but this circuit only has the logits of its {len(engine.answers)} answer tokens "
-            "and answers with one of them: leave max_tokens out, or serve a circuit extracted with the whole vocabulary",
+            "and answers with one of them: leave max_tokens out, or serve a circuit that has the whole vocabulary",
             param="max_tokens",
         )
     if asked is not None and asked > room:

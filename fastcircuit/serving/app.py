@@ -82,10 +82,11 @@ async def _events(answer: Answer) -> AsyncIterator[str]:
     try:
         async for chunk in answer.chunks():
             yield _event(chunk)
+        yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _event(error.body)
-        return
-    yield "data: [DONE]\n\n"
+    finally:
+        answer.cancel()
 
 
 def _event(content: dict[str, Any]) -> str:
@@ -96,12 +97,13 @@ async def _unless_gone(request: Request, answer: Answer) -> Response:
     """The whole answer, given up as soon as the client hangs up."""
     work = asyncio.ensure_future(answer.whole())
     hang_up = asyncio.ensure_future(request.receive())  # the body is read: all that can come is a disconnect
-    await asyncio.wait([work, hang_up], return_when=asyncio.FIRST_COMPLETED)
-    if not work.done():
+    try:
+        await asyncio.wait([work, hang_up], return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(work.result()) if work.done() else Response(status_code=_GONE)
+    finally:
+        answer.cancel()
         work.cancel()
-        return Response(status_code=_GONE)
-    hang_up.cancel()
-    return JSONResponse(work.result())
+        hang_up.cancel()
 
 
 async def _api_error(request: Request, error: Any) -> Response:

@@ -90,22 +90,22 @@ class Engine:
         return []
 
     def _take(self) -> list[Completion]:
-        """The first of the queue, and those that neither outgrow the model's positions beside it.
+        """The first of the queue, and those behind it that fit beside it.
 
         All rows of a batch run as long as its longest answer, so a long prompt and a long answer of another row may be
         too long together although each row alone is not.
         """
         taken: list[Completion] = []
-        for completion in tuple(self._waiting):
-            together = [*taken, completion]
-            prompt, answer = (
-                max(sizes) for sizes in zip(*((len(c.prompt), c.max_tokens) for c in together), strict=True)
-            )
-            if not taken or prompt + answer - 1 <= self.max_positions:
+        left: deque[Completion] = deque()
+        longest = (0, 0)
+        for completion in self._waiting:
+            together = max(longest[0], len(completion.prompt)), max(longest[1], completion.max_tokens)
+            if len(taken) < self.max_batch_size and sum(together) - 1 <= self.max_positions:
                 taken.append(completion)
-                self._waiting.remove(completion)
-            if len(taken) == self.max_batch_size:
-                break
+                longest = together
+            else:
+                left.append(completion)
+        self._waiting = left
         return taken
 
     def _generate(self, batch: Sequence[Completion]) -> None:
@@ -130,9 +130,8 @@ class Engine:
     def _settings(self, max_tokens: int) -> GenerationConfig:
         """The model's own settings, greedy: sampling is ours (:class:`ChooseTokens`)."""
         settings = copy.deepcopy(self.model.generation_config)
-        settings.update(
-            do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_tokens, max_length=None
-        )
+        settings.update(do_sample=False, num_beams=1, num_return_sequences=1)
+        settings.update(max_new_tokens=max_tokens, max_length=None)
         if settings.pad_token_id is None:
             settings.pad_token_id = 0  # masked, so any token will do
         return settings

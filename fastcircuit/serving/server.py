@@ -69,7 +69,8 @@ def _names(directories: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     if not directories:
         raise InputError("no directory to serve; name one that `fastcircuit extract` wrote")
     names: dict[str, str] = {}
-    for directory in map(os.fspath, directories):
+    for given in directories:
+        directory = os.fspath(given)
         name = Path(directory).expanduser().resolve().name
         if name in names:
             raise InputError(
