@@ -120,7 +120,7 @@ def _tokens(engine: Engine, prompt: str | list[int]) -> list[int]:
     """The token ids of a prompt."""
     if isinstance(prompt, str):
         try:
-            ids = engine.tokenizer(prompt).input_ids
+            ids = engine.tokenizer(prompt, verbose=False).input_ids
         except Exception as error:  # tokenizers raise a bare Exception for text outside their vocabulary
             raise ApiError(
                 f"the model's tokenizer cannot read the prompt: {first_line(error)}", param="prompt"

@@ -52,10 +52,9 @@ class Engine:
             self._changed.notify()
 
     def load(self) -> dict[str, int]:
-        """How many completions wait, and how many are being generated."""
+        """How many completions wait, and how many are in the batch that is being generated."""
         with self._changed:
-            waiting, running = (sum(not one.is_done for one in many) for many in (self._waiting, self._running))
-        return {"waiting": waiting, "running": running}
+            return {"waiting": len(self._waiting), "running": len(self._running)}
 
     def close(self) -> None:
         """Give up what is left and end the thread."""
