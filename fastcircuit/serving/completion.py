@@ -1,7 +1,7 @@
 """One sequence to generate: what is asked, and the pieces of the answer as they come."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastcircuit.serving.sampling import Sampling
 from fastcircuit.serving.text import TextStream
@@ -41,7 +41,7 @@ class Completion:
     deliver: Callable[[Piece], None]
     generated: int = 0
     unsent_tokens: int = 0
-    is_done: bool = field(default=False)
+    is_done: bool = False
 
     def cancel(self) -> None:
         """Nobody waits for the rest: it is given up before its next token."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from fastcircuit.models.loading import quiet
 from fastcircuit.models.masked import first_line
 from fastcircuit.serving.completion import Completion
 from fastcircuit.serving.sampling import ChooseTokens
@@ -68,7 +67,7 @@ class Engine:
     def _run(self) -> None:
         while batch := self._next_batch():
             try:
-                with torch.inference_mode(), quiet():
+                with torch.inference_mode():
                     self._answer(batch) if self.answers is not None else self._generate(batch)
             except Exception as error:  # whatever it is, it ends this batch and not the server
                 logger.exception("a batch of %d failed", len(batch))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastcircuit.errors import InputError, RunError
-from fastcircuit.models.loading import load_tokenizer
+from fastcircuit.models.loading import load_tokenizer, quiet
 from fastcircuit.submodel.saving import load_submodel
 
 _SECONDS_TO_FINISH = 5  # for answers under way when the server is told to stop
@@ -49,7 +49,7 @@ def serve(
         name: (load_submodel(directory, device, dtype), _tokenizer(directory))
         for name, directory in _names(directories).items()
     }
-    with _listen(host, port) as listening:
+    with _listen(host, port) as listening, quiet():
         engines = {name: Engine(*parts, max_batch_size=max_batch_size) for name, parts in loaded.items()}
         server = uvicorn.Server(
             uvicorn.Config(create_app(engines), log_level="warning", timeout_graceful_shutdown=_SECONDS_TO_FINISH)
@@ -94,7 +94,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = error.strerror or str(error)
+        code = None if isinstance(error, socket.gaierror) else error.errno
+        reason = os.strerror(code) if code else error.strerror or str(error)
         raise RunError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
 
 

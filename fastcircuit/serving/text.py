@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+_INCOMPLETE = "\ufffd"  # what some bytes of a character are decoded to
+_CONTEXT = 8  # tokens; decoders treat the very first ones differently (a leading space, say)
 
 
 class TextStream:
@@ -21,24 +22,29 @@ class TextStream:
         self.stopped = False
         self.text = ""  # all decoded text; the first `sent` characters of it are out
         self.sent = 0
-        self._decoder = tokenizer.backend_tokenizer
-        self._prompt = list(prompt)
-        self._ids: list[int] = []
-        self._stream = DecodeStream(ids=self._prompt, skip_special_tokens=True)
+        self._decode = tokenizer.backend_tokenizer.decode
+        self._context = list(prompt)  # the tokens before the fresh ones: spaces and pieces of words depend on them
+        self._fresh: list[int] = []  # tokens whose text is not decoded yet
         self._stop = list(stop)
 
     def push(self, token: int) -> str:
         """The text that can go out now that ``token`` is there; :attr:`stopped` says whether a stop string is."""
-        self._ids.append(token)
-        self._append(self._stream.step(self._decoder, token) or "")
+        self._fresh.append(token)
+        piece = self._fresh_text()
+        if piece and not piece.endswith(_INCOMPLETE):
+            self._context, self._fresh = (self._context + self._fresh)[-_CONTEXT:], []
+            self._append(piece)
         return self._send(len(self.text) if self.stopped else len(self.text) - self._possible_stop())
 
     def finish(self) -> str:
         """What was held back, after the last token."""
         if not self.stopped:
-            before, whole = (self._decoder.decode(ids) for ids in (self._prompt, self._prompt + self._ids))
-            self._append(whole[len(before) + len(self.text) :])
+            self._append(self._fresh_text())
         return self._send(len(self.text))
+
+    def _fresh_text(self) -> str:
+        before, whole = (self._decode(ids) for ids in (self._context, self._context + self._fresh))
+        return whole[len(before) :]
 
     def _append(self, piece: str) -> None:
         self.text += piece

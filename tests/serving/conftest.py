@@ -15,7 +15,7 @@ from tests.submodel.circuits import constants_of, headless, load
 
 openai = pytest.importorskip("openai", reason="serving tests need the openai client")
 pytest.importorskip("fastapi", reason="serving tests need fastapi")
-pytest.importorskip("uvicorn", reason="serving tests need uvicorn")
+uvicorn = pytest.importorskip("uvicorn", reason="serving tests need uvicorn")
 
 SERVE = "import sys; from fastcircuit.serving.server import serve; serve(sys.argv[1:], port=0)"
 ANSWERS = [397, 408, 411]

@@ -1,8 +1,12 @@
 """The server as the openai client sees it, over a socket: answers are those of ``generate``."""
 
+import copy
 import http.client
 import json
 import re
+import signal
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -11,7 +15,9 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from tests.serving.conftest import ANSWERS
+from fastcircuit.serving.app import create_app
+from fastcircuit.serving.engine import Engine
+from tests.serving.conftest import ANSWERS, openai, start_server, uvicorn
 from tests.serving.truth import generated, token_ids
 
 PROMPTS = ["Once upon a time", "Lily", "One day, a little girl went to the park and", "He said"]
@@ -231,21 +237,49 @@ def test_unknown_route(url):
     assert "served: /v1/models, /v1/completions" in json.loads(answer.read())["error"]["message"]
 
 
-def test_hang_up_in_the_middle_of_a_stream(client, url, models):
-    stream = greedy(client, "stories", PROMPTS[0], max_tokens=500, n=32, stream=True)
-    next(iter(stream))
-    assert health(url)["models"]["stories"]["running"] == 32
-    stream.close()
-    wait_until_idle(url, "stories")
-    assert texts(greedy(client, "stories", "Lily")) == [generated(models, "stories", "Lily")]
+@pytest.fixture
+def slow(models):
+    """A server in this process whose model takes 30 ms a step, and the number of its steps."""
+    model, tokenizer = copy.deepcopy(models["stories"])
+    steps = []
+    model.register_forward_pre_hook(lambda *_: steps.append(time.sleep(0.03)))
+    server = uvicorn.Server(uvicorn.Config(create_app({"slow": Engine(model, tokenizer)}), log_level="warning"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}", steps
+    server.should_exit = True
+    thread.join()
 
 
-def test_hang_up_while_waiting_for_the_whole(client, url, models):
+@pytest.mark.parametrize("stream", [False, True])
+def test_hang_up_gives_up_the_work(slow, models, stream):
+    url, steps = slow
     connection = http.client.HTTPConnection(urlsplit(url).netloc)
-    body = {"model": "stories", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 500, "n": 32}
+    body = {"model": "slow", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 400, "n": 3, "stream": stream}
     connection.request("POST", "/v1/completions", body=json.dumps(body))
-    while not health(url)["models"]["stories"]["running"]:
+    while len(steps) < 3:
         time.sleep(0.01)
+    assert health(url)["models"]["slow"] == {"waiting": 0, "running": 3}
+    if stream:
+        answer = connection.getresponse()
+        answer.read(1)
+        answer.close()
     connection.close()
-    wait_until_idle(url, "stories")
-    assert texts(greedy(client, "stories", "Lily")) == [generated(models, "stories", "Lily")]
+    wait_until_idle(url, "slow")
+    assert len(steps) < 200
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert texts(greedy(client, "slow", "Lily")) == [generated(models, "stories", "Lily")]
+
+
+def test_shut_down_in_the_middle_of_an_answer(directories):
+    process, url = start_server(directories["stories"])
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = iter(greedy(client, "stories", PROMPTS[0], max_tokens=8, stream=True))
+    next(stream)
+    process.send_signal(signal.SIGINT)
+    assert sum(len(chunk.choices[0].text) > 0 for chunk in stream) == 7  # what is under way is answered
+    process.wait(15)
+    assert "KeyboardInterrupt" in process.stderr.read()
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
