@@ -1,0 +1,1 @@
+"""Extracted circuits behind the OpenAI completions API."""
