@@ -30,10 +30,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda is not available here (`fastcircuit info` lists what is); use --device cpu")
+    device = choose_device(device)
     model = _read_model(name, DTYPES[dtype])
     for parameter_name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -41,6 +38,15 @@ def load_model(
                 f"model {name!r}: weight {parameter_name} holds NaN or infinity; mend or re-download the file"
             )
     return MaskedCausalLM(model.to(device), embedding_nodes)
+
+
+def choose_device(name: str) -> str:
+    """``cpu`` or ``cuda``; ``auto`` is a GPU when there is one. InputError when there is none and it was asked for."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda is not available here (`fastcircuit info` lists what is); use --device cpu")
+    return name
 
 
 def load_tokenizer(name: str) -> Any:
