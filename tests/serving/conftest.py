@@ -13,10 +13,6 @@ from fastcircuit.submodel.kept import Kept
 from fastcircuit.submodel.saving import load_submodel, save_submodel
 from tests.submodel.circuits import constants_of, headless, load
 
-openai = pytest.importorskip("openai", reason="serving tests need the openai client")
-pytest.importorskip("fastapi", reason="serving tests need fastapi")
-uvicorn = pytest.importorskip("uvicorn", reason="serving tests need uvicorn")
-
 SERVE = "import sys; from fastcircuit.serving.server import serve; serve(sys.argv[1:], port=0)"
 ANSWERS = [397, 408, 411]
 
@@ -74,4 +70,5 @@ def url(directories):
 
 @pytest.fixture(scope="session")
 def client(url):
+    openai = pytest.importorskip("openai")
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)

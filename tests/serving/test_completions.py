@@ -15,10 +15,13 @@ from urllib.request import urlopen
 import pytest
 import torch
 
-from fastcircuit.serving.app import create_app
 from fastcircuit.serving.engine import Engine
-from tests.serving.conftest import ANSWERS, openai, start_server, uvicorn
+from tests.serving.conftest import ANSWERS, start_server
 from tests.serving.truth import generated, token_ids
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
 
 PROMPTS = ["Once upon a time", "Lily", "One day, a little girl went to the park and", "He said"]
 LETTERS = [[1, 2, 3, 4, 1, 2, 3], [5, 6, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 9, 8]]
@@ -240,6 +243,8 @@ def test_unknown_route(url):
 @pytest.fixture
 def slow(models):
     """A server in this process whose model takes 30 ms a step, and the number of its steps."""
+    from fastcircuit.serving.app import create_app
+
     model, tokenizer = copy.deepcopy(models["stories"])
     steps = []
     model.register_forward_pre_hook(lambda *_: steps.append(time.sleep(0.03)))

@@ -10,6 +10,9 @@ from fastcircuit import zoo
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.serving.server import serve
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
 
 def refuse(error, message, directories, **options):
     def never(line):
