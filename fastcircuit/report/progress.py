@@ -1,8 +1,8 @@
 """Progress of a run: a bar with rate and time left on a terminal, a line at every tenth elsewhere."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -20,17 +20,23 @@ from rich.text import Text
 from fastcircuit.discovery.edge_pruning import Report
 
 
-class Watcher(Protocol):
+class Watcher(ABC):
     """What a run calls while it goes on."""
 
     def on_report(self, report: Report) -> None:
         """After some steps of optimisation."""
+        self._show("discover", report.step + 1, report.steps, _numbers(report))
 
     def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
         """After a round of refinement."""
+        self._show(stage, done, most, f"training KL {kl:.3f}")
 
     def on_candidate(self, done: int, most: int) -> None:
         """After some candidates of an extraction were decided."""
+        self._show("extract", done, most, "components decided")
+
+    @abstractmethod
+    def _show(self, name: str, done: int, total: int, numbers: str) -> None: ...
 
 
 @contextmanager
@@ -56,19 +62,10 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:5.1f}/s")
 
 
-class _Bars:
+class _Bars(Watcher):
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.bars: dict[str, TaskID] = {}
-
-    def on_report(self, report: Report) -> None:
-        self._show("discover", report.step + 1, report.steps, _numbers(report))
-
-    def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
-        self._show(stage, done, most, f"training KL {kl:.3f}")
-
-    def on_candidate(self, done: int, most: int) -> None:
-        self._show("extract", done, most, "components decided")
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:
         if name not in self.bars:
@@ -76,19 +73,10 @@ class _Bars:
         self.progress.update(self.bars[name], completed=done, total=total, numbers=numbers)
 
 
-class _Lines:
+class _Lines(Watcher):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.tenths: dict[str, int] = {}
-
-    def on_report(self, report: Report) -> None:
-        self._show("discover", report.step + 1, report.steps, _numbers(report))
-
-    def on_round(self, stage: str, done: int, most: int, kl: float) -> None:
-        self._show(stage, done, most, f"training KL {kl:.3f}")
-
-    def on_candidate(self, done: int, most: int) -> None:
-        self._show("extract", done, most, "components decided")
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:
         tenth = 10 * done // total
