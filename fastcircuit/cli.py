@@ -250,8 +250,11 @@ def extract(
         str, typer.Option(help="What a removed component writes: mean, mean-positional or zero.")
     ] = "mean",
     threshold: Annotated[
-        float, typer.Option(help="Remove a component if the KL rises by less than this many nats.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Remove a component if the KL rises by less than this many nats. Default 0.01.", show_default=False
+        ),
+    ] = None,
     kl_budget: Annotated[float | None, typer.Option(help="Largest total KL, in nats.")] = None,
     size_budget: Annotated[
         float | None, typer.Option(help="Stop when this fraction of the parameters (without embeddings) is left.")
@@ -270,7 +273,7 @@ def extract(
 ) -> None:
     """Turn MODEL into a smaller model that is enough for a task; writes a Hugging Face model directory."""
     from fastcircuit.circuit import Circuit
-    from fastcircuit.extraction.extract import run_extraction, speed_of
+    from fastcircuit.extraction.extract import check_options, run_extraction, speed_of
     from fastcircuit.files import check_new
     from fastcircuit.models.loading import load_tokenizer
     from fastcircuit.report.progress import watch
@@ -279,21 +282,20 @@ def extract(
     _check_source(task, data)
     check_new(out)
     chosen = Circuit.load(circuit) if circuit else None
+    options: dict[str, Any] = {
+        "ablation": ablation,
+        "threshold": threshold,
+        "kl_budget": kl_budget,
+        "size_budget": size_budget,
+        "include_mlps": not no_mlps,
+        "circuit": chosen,
+    }
+    check_options(**options)
     masked = _load_model(model, device, dtype, EmbeddingNodes(chosen.graph.embedding_nodes if chosen else "split"))
     pairs = _load_task(model, masked, task, data, seed)
     with watch(stderr) as watcher:
         extraction = run_extraction(
-            masked,
-            pairs,
-            ablation=ablation,
-            threshold=threshold,
-            kl_budget=kl_budget,
-            size_budget=size_budget,
-            include_mlps=not no_mlps,
-            circuit=chosen,
-            answers_only=answers_only,
-            seed=seed,
-            on_candidate=watcher.on_candidate,
+            masked, pairs, answers_only=answers_only, seed=seed, on_candidate=watcher.on_candidate, **options
         )
     rows = speed_of(masked, extraction, pairs)
     extraction.save(out, load_tokenizer(model), rows)

@@ -260,6 +260,16 @@ def test_extract_writes_a_model_that_loads(shelf, run):
     assert "sub exists already" in err
 
 
+def test_a_submodel_of_few_positions_is_timed_on_as_many(shelf, run, answer):
+    arguments = ("--data", shelf / "pairs.jsonl", "--ablation", "mean-positional", "--threshold", "1e-7")
+    found = answer("extract", shelf / "gpt2", *arguments, "--out", "sub")
+    assert {row["tokens"] for row in found["extract"]["speed"]} == {5}
+    found = answer("bench", "submodel", "sub", "--rounds", "2")
+    assert [(row["phase"], row["batch"], row["tokens"]) for row in found["rows"]] == [
+        ("prefill", batch, 5) for batch in (1, 8, 32)
+    ]
+
+
 def test_extract_that_leaves_nothing_says_so_and_writes_nothing(shelf, run):
     code, out, err = run("extract", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--threshold", "9", "--out", "sub")
     assert (code, out) == (2, "")
@@ -345,6 +355,23 @@ BAD_CALLS = {
     "extract of another model's circuit": (
         "extract {shelf}/llama --data {shelf}/pairs.jsonl --circuit {run}/circuit.json --out sub",
         "the circuit ",
+    ),
+    "circuit and threshold": (
+        "extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --circuit {run}/circuit.json --threshold 0.01 --out sub",
+        "--threshold: with --circuit the circuit says what is kept",
+    ),
+    "circuit, budgets, no MLPs": (
+        "extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --circuit {run}/circuit.json --no-mlps --kl-budget 1 "
+        "--size-budget 0.5 --out sub",
+        "--kl-budget, --size-budget, --no-mlps: with --circuit",
+    ),
+    "circuit, answers only": (
+        "extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --circuit {run}/circuit.json --answers-only --out sub",
+        "task pairs names no answer tokens",
+    ),
+    "size budget": (
+        "extract {shelf}/gpt2 --data {shelf}/pairs.jsonl --out sub --size-budget 1.5",
+        "size_budget is 1.5",
     ),
     "other graph": ("compare {run}/circuit.json {shelf}/other.json --union u.json", "over different graphs"),
     "suffix": ("draw {run}/circuit.json -o c.jpg", "its suffix is not one of .svg, .png, .html"),
