@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastcircuit.cli.console import print_json, stdout
+from fastcircuit.cli.console import print_json, stderr, stdout
 from fastcircuit.cli.options import AsJson, Device, Dtype, EmbeddingNodes, InDtype, OnDevice
 from fastcircuit.cli.sources import load_model
 from fastcircuit.errors import InputError
@@ -28,12 +28,13 @@ def submodel(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Length of the prompts.", min=16)] = 64,
     rounds: Annotated[int, typer.Option(help="Measurements of each call.", min=2)] = 10,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Time torch.compile of both too (minutes).")] = False,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile of both too; compiling takes minutes.")] = True,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
     """Time a submodel beside the model it came from, and the speed-up beside its bound."""
+    from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import speed_table
     from fastcircuit.submodel.saving import load_submodel
     from fastcircuit.submodel.speed import check_bounds, measure_speed
@@ -42,11 +43,15 @@ def submodel(
     name = original or (smaller.config.source or {}).get("model")
     if name is None:
         raise InputError(f"{directory} does not say what model it came from; name it with --original")
-    full = load_model(name, device, dtype, EmbeddingNodes.split).model
+    try:
+        full = load_model(name, device, dtype, EmbeddingNodes.split).model
+    except InputError as error:
+        if original is not None:
+            raise
+        raise InputError(f"{directory} came from {name!r}, but {error}; name that model with --original") from error
     smaller = smaller.to(full.device)
-    rows = measure_speed(full, smaller, tokens, rounds=rounds)
-    if compiled:
-        rows += measure_speed(full, smaller, tokens, rounds=rounds, compiled=True)
+    with watch(stderr) as watcher:
+        rows = measure_speed(full, smaller, tokens, rounds=rounds, compiled=compiled, on_row=watcher.on_row)
     shown = [row.to_dict() for row in rows]
     if as_json:
         print_json({"submodel": str(directory), "original": name, "rows": shown})

@@ -20,7 +20,7 @@ def demo(
     from fastcircuit.report.tables import extraction_table, metrics_table, speed_table
 
     with watch(stderr) as watcher:
-        story = run_demo(out, seed, watcher.on_report, watcher.on_round, watcher.on_candidate)
+        story = run_demo(out, seed, watcher.on_report, watcher.on_round, watcher.on_candidate, watcher.on_row)
     if as_json:
         print_json(story.to_dict())
     else:

@@ -77,7 +77,7 @@ def extract(
         extraction = run_extraction(
             masked, pairs, answers_only=answers_only, seed=seed, on_candidate=watcher.on_candidate, **options
         )
-    rows = speed_of(masked, extraction, pairs)
+        rows = speed_of(masked, extraction, pairs, watcher.on_row)
     extraction.save(out, load_tokenizer(model), rows)
     found, speed = extraction.to_dict(), [row.to_dict() for row in rows]
     if as_json:

@@ -27,7 +27,7 @@ from fastcircuit.submodel.kept import Constants, Kept
 from fastcircuit.submodel.modeling_circuit import CircuitForCausalLM
 from fastcircuit.submodel.saving import save_submodel
 from fastcircuit.submodel.sizes import Size, size_of
-from fastcircuit.submodel.speed import SpeedRow, measure_speed
+from fastcircuit.submodel.speed import OnRow, SpeedRow, measure_speed
 from fastcircuit.tasks.task import NOTHING, SPLITS, Task
 
 BATCH_SIZE = 64
@@ -202,10 +202,10 @@ def kept_by(circuit: Circuit) -> Kept:
     return kept
 
 
-def speed_of(model: MaskedCausalLM, extraction: Extraction, task: Task) -> list[SpeedRow]:
+def speed_of(model: MaskedCausalLM, extraction: Extraction, task: Task, on_row: OnRow | None = None) -> list[SpeedRow]:
     """A quick measurement at the task's own prompt length (see :func:`measure_speed`)."""
-    length = int(task.split("test").attention_mask.sum(1).max())
-    return measure_speed(model.model, extraction.submodel, tokens=max(length, 16), batches=(1, 32), rounds=5)
+    length = max(int(task.split("test").attention_mask.sum(1).max()), 16)
+    return measure_speed(model.model, extraction.submodel, length, batches=(1, 32), rounds=5, on_row=on_row)
 
 
 def answer_tokens_of(task: Task) -> tuple[int, ...]:

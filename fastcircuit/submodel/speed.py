@@ -20,12 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from fastcircuit.errors import InputError, RunError
+from fastcircuit.models.masked import first_line
 
 BATCHES = (1, 8, 32)
 DECODED = 8  # tokens decoded per round
 NOISE = 0.1  # what a measured ratio may lie above its bound before it is called an error
 
 Call = Callable[[], object]
+OnRow = Callable[[int, int], None]
 Ready = Callable[[], Call]  # makes ready, untimed, and gives what is to be timed
 
 
@@ -81,7 +83,7 @@ def measure_speed(
     batches: Sequence[int] = BATCHES,
     rounds: int = 10,
     compiled: bool = False,
-    on_row: Callable[[SpeedRow], None] | None = None,
+    on_row: OnRow | None = None,
 ) -> list[SpeedRow]:
     """Both models under one protocol: prefill of random prompts, then decoding token by token with a cache.
 
@@ -92,25 +94,29 @@ def measure_speed(
     Args:
         original, submodel: Hugging Face decoders on the same device, with the same vocabulary.
         tokens: length of the prompts; where one of the models takes fewer, as many as both take.
-        compiled: time ``torch.compile`` of both prefills instead of eager ones; decoding is left out.
+        compiled: time ``torch.compile`` of both prefills too.
+        on_row: called with the rows measured so far and how many there are.
 
     Raises:
-        InputError: the models have different vocabularies.
+        InputError: the models have different vocabularies. RunError: ``compiled``, and torch cannot compile here.
     """
     _check_same_vocabulary(original.config, submodel.config)
-    rows = []
+    if compiled:
+        _check_compiles(original.device)
     tokens = min(tokens, *(most_tokens(model.config) for model in (original, submodel)))
+    phases = {"prefill": _prefill}
+    if tokens > DECODED and getattr(submodel.config, "answer_tokens", None) is None:
+        phases["decode"] = _decode
+    if compiled:
+        phases["prefill, compiled"] = _compiled_prefill
+    rows: list[SpeedRow] = []
     for batch in batches:
         generator = torch.Generator().manual_seed(batch)
         ids = torch.randint(0, original.config.vocab_size, (batch, tokens), generator=generator).to(original.device)
-        phases = {"prefill": _prefill}
-        if not compiled and tokens > DECODED and getattr(submodel.config, "answer_tokens", None) is None:
-            phases["decode"] = _decode
         for phase, make in phases.items():
-            row = _row(phase, ids, [make(model, ids) for model in (original, submodel)], rounds, compiled)
-            rows.append(row)
+            rows.append(_row(phase, ids, [make(model, ids) for model in (original, submodel)], rounds))
             if on_row is not None:
-                on_row(row)
+                on_row(len(rows), len(batches) * len(phases))
     return rows
 
 
@@ -138,19 +144,25 @@ def _check_same_vocabulary(original: Any, submodel: Any) -> None:
         )
 
 
-def _row(phase: str, ids: Tensor, calls: list[Ready], rounds: int, compiled: bool) -> SpeedRow:
+def _check_compiles(device: torch.device) -> None:
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # torch, its compiler, or the C++ compiler that one calls
+        raise RunError(f"torch.compile does not work here: {first_line(error)}; time the models without it") from error
+
+
+def _row(phase: str, ids: Tensor, calls: list[Ready], rounds: int) -> SpeedRow:
     with torch.no_grad():
-        bound = work_of(calls[0]).ratio(work_of(calls[1]))
-        if compiled:
-            calls = [_compiled(ready) for ready in calls]
         times = _interleaved(calls, rounds)
+        with torch.compiler.set_stance("force_eager"):
+            bound = work_of(calls[0]).ratio(work_of(calls[1]))
     per_call = DECODED if phase == "decode" else 1
     milliseconds = [[second * 1e3 / per_call for second in seconds] for seconds in times]
     medians = [statistics.median(values) for values in milliseconds]
     highs = [statistics.quantiles(values, n=20, method="inclusive")[-1] for values in milliseconds]
     return SpeedRow(
         tokens=ids.shape[1],
-        phase=f"{phase}, compiled" if compiled else phase,
+        phase=phase,
         batch=ids.shape[0],
         original_ms=medians[0],
         original_p95_ms=highs[0],
@@ -165,8 +177,9 @@ def _prefill(model: Any, ids: Tensor) -> Ready:
     return lambda: lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
 
 
-def _compiled(ready: Ready) -> Ready:
-    call = torch.compile(ready(), dynamic=False)
+def _compiled_prefill(model: Any, ids: Tensor) -> Ready:
+    torch.compiler.reset()  # of one function only a few variants are compiled, and the others run eagerly
+    call = torch.compile(_prefill(model, ids)(), dynamic=False)
     return lambda: call
 
 

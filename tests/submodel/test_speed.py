@@ -53,6 +53,33 @@ def test_prompts_are_no_longer_than_the_submodel_takes(positions, phases):
     assert phases_of(rows) == [(phase, 3, positions) for phase in phases]
 
 
+def test_compiled_rows_are_of_compiled_models():
+    original = load("gpt2", torch.float32)
+    models = original.model.eval(), partial(original)[-1].eval()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    done = []
+    with torch.compiler.set_stance(force_backend="eager"):
+        rows = speed.measure_speed(
+            *models, tokens=16, batches=(1, 2), rounds=2, compiled=True, on_row=lambda *at: done.append(at)
+        )
+    phases = ("prefill", "decode", "prefill, compiled")
+    assert phases_of(rows) == [(phase, batch, 16) for batch in (1, 2) for phase in phases]
+    assert done == [(row + 1, 6) for row in range(6)]
+    probe, per_model = 1, 2
+    assert counters["stats"]["unique_graphs"] == probe + 2 * per_model
+    assert rows[0].bound == rows[2].bound
+
+
+def test_a_machine_that_cannot_compile_is_told_before_anything_is_timed(models, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no working C++ compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(RunError, match=r"^torch.compile does not work here: no working C.. compiler; time the models"):
+        speed.measure_speed(*models, compiled=True, on_row=pytest.fail)
+
+
 def test_answers_only_has_no_decoding():
     original = load("gpt2", torch.float32)
     submodel = partial(original, answer_tokens=[4, 9])[-1].eval()
