@@ -12,13 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.errors import InputError
-from fastcircuit.tasks import induction, jsonl, pronoun
+from fastcircuit.tasks import (
+    acronyms,
+    boolean,
+    docstring,
+    gendered_pronoun,
+    greater_than,
+    induction,
+    ioi,
+    jsonl,
+    pronoun,
+)
 from fastcircuit.tasks.task import SPLITS, Examples, Pair, Task
 
 __all__ = ["Examples", "Pair", "Task", "load_task", "names"]
 
 _DATA = Path(__file__).resolve().parent / "data"
-_BUILDERS = {"induction": (induction.build, induction.SIZES), "pronoun": (pronoun.build, pronoun.SIZES)}
+_BUILDERS = {
+    "induction": (induction.build, induction.SIZES),
+    "pronoun": (pronoun.build, pronoun.SIZES),
+    **ioi.BUILDERS,
+    **greater_than.BUILDERS,
+    **gendered_pronoun.BUILDERS,
+    **boolean.BUILDERS,
+    **acronyms.BUILDERS,
+    **docstring.BUILDERS,
+}
 _FILES = {"pronoun-212": (_DATA / "pronoun_212.jsonl", "Say She or He by the name: 212 pairs written by hand.")}
 
 
