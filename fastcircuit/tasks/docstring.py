@@ -30,11 +30,12 @@ def build(tokenizer: Any, seed: int, sizes: Mapping[str, int]) -> Task:
     """Random names and nouns that are a single token each."""
     words = read_json(_DATA, "docstring task")
     encoder = Encoder(tokenizer, "docstring", begin=True)
+    distinct = [noun for noun in words["nouns"] if noun not in words["variables"]]  # no answer in a description
     names = encoder.single_tokens(words["variables"], _FEWEST, "argument names", ":param")
-    nouns = encoder.single_tokens(words["nouns"], _FEWEST, "nouns", ":")
+    nouns = encoder.single_tokens(distinct, _FEWEST, "nouns", ":")
     generator = random.Random(f"docstring {seed}")
     rows = draw("docstring", sizes, lambda _: _rows(names, nouns, generator))
-    left_out = len(words["variables"]) + len(words["nouns"]) - len(names) - len(nouns)
+    left_out = len(words["variables"]) + len(distinct) - len(names) - len(nouns)
     without = f", without {left_out} words that are no single token" if left_out else ""
     about = f"Name the next argument in a docstring ({len(names)} names, {len(nouns)} nouns{without})."
     return Task("docstring", examples(encoder, rows), None, about)

@@ -6,7 +6,7 @@ to :meth:`Encoder.pairs`, which checks every one.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastcircuit.errors import InputError
 from fastcircuit.tasks.spans import Marked, encode
 from fastcircuit.tasks.task import Examples, Pair
 
-_TRIES = 50  # drawn rows per wanted one, before a task is out of new ones
+_PATIENCE = 1000  # rows drawn in a row that are not new, before a task is out of new ones
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def by_length(lengths: Mapping[str, int]) -> dict[int, list[str]]:
     return dict(groups)
 
 
-def draw(task: str, sizes: Mapping[str, int], candidates: Callable[[str], Iterable[Row]]) -> dict[str, list[Row]]:
-    """``sizes[split]`` rows of each split out of ``candidates(split)``; a clean prompt occurs once, in one split.
+def draw(task: str, sizes: Mapping[str, int], candidates: Callable[[str], Iterator[Row]]) -> dict[str, list[Row]]:
+    """``sizes[split]`` rows of each split out of ``candidates(split)``, endless; a clean prompt occurs once in all.
 
     Raises:
         InputError: the candidates repeat themselves: there are not as many different prompts.
@@ -167,24 +167,22 @@ def draw(task: str, sizes: Mapping[str, int], candidates: Callable[[str], Iterab
     splits = {}
     for split, size in sizes.items():
         rows: list[Row] = []
-        for row in _at_most(candidates(split), size * _TRIES + 1000):
+        repeated = 0
+        for row in candidates(split):
+            repeated += 1
             if row.clean not in seen:
                 seen.add(row.clean)
                 rows.append(row)
-                if len(rows) == size:
-                    break
-        else:
+                repeated = 0
+            if len(rows) == size or repeated == _PATIENCE:
+                break
+        if len(rows) < size:
             raise InputError(
-                f"task {task} has only {len(rows)} different prompts for its {split} split with this tokenizer, and "
-                f"{size} are wanted; ask for fewer with sizes"
+                f"task {task} has only about {len(rows)} different prompts for its {split} split with this tokenizer, "
+                f"and {size} are wanted; ask for fewer with sizes"
             )
         splits[split] = rows
     return splits
-
-
-def _at_most(rows: Iterable[Row], count: int) -> Iterator[Row]:
-    for _, row in zip(range(count), rows, strict=False):
-        yield row
 
 
 def examples(
