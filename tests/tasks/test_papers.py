@@ -35,7 +35,7 @@ def metaspace():
     """A tokenizer cut as Llama's is: "\u2581" for a space, one in front, digits apart, a begin and an end token."""
     files = ("ioi", "docstring", "names_2000", "gendered_pronoun", "acronyms")
     words = {word for file in files for word in re.findall(r"[A-Za-z]+", (tasks._DATA / f"{file}.json").read_text())}
-    words |= {"True", "False", "True", "False", "and", "or", "not", "is", "she", "he"}
+    words |= {"True", "False", "and", "or", "not", "is", "she", "he"}
     characters = [chr(code) for code in (10, *range(33, 127), 0x2581)]
     pieces = dict.fromkeys(["<unk>", "<s>", "</s>"], 0.0) | dict.fromkeys(characters, -10.0)
     pieces |= dict.fromkeys(sorted(f"\u2581{word}" for word in words), -1.0) | {"True": -2.0, "False": -2.0}
@@ -152,7 +152,7 @@ def test_greater_than_is_ordered(name, gpt2):
 
 def test_gendered_pronoun_says_it_by_the_name(gpt2):
     lists = json.loads((tasks._DATA / "names_2000.json").read_text())
-    pronoun = {name: "she" for name in lists["girls"]} | {name: "he" for name in lists["boys"]}
+    pronoun = dict.fromkeys(lists["girls"], "she") | dict.fromkeys(lists["boys"], "he")
     used = []
     task = load_task("gendered-pronoun", gpt2)
     for examples in task.splits.values():
@@ -238,7 +238,7 @@ def test_special_tokens_of_the_tokenizer(metaspace):
 
 @pytest.mark.parametrize("name", YEARS)
 def test_years_in_a_tokenizer_that_cuts_digits_one_by_one(name, metaspace):
-    with pytest.raises(InputError, match="00..99 are a token each; '\\d\\d' is none"):
+    with pytest.raises(InputError, match=r"00\.\.99 are a token each; '\d\d' is none"):
         load_task(name, metaspace)
 
 
@@ -246,15 +246,11 @@ def test_years_in_a_tokenizer_that_cuts_digits_one_by_one(name, metaspace):
 @pytest.mark.parametrize("tokenizer", ["stories", "letters"])
 def test_a_tokenizer_a_task_does_not_fit_is_one_clear_line(name, tokenizer, request):
     tiny = request.getfixturevalue(tokenizer)
-    try:
-        task = load_task(name, tiny, sizes=SMALL)
-    except InputError as error:
-        assert re.match(rf"task {name}\b", str(error))
-        assert "\n" not in str(error)
-    else:
-        assert tokenizer == "stories"
-        assert name in ("gendered-pronoun", "boolean-instruction", "boolean-few-shot", "acronyms")
-        assert len(task.split("test")) == SMALL["test"]
+    if tokenizer == "stories" and name in ("gendered-pronoun", "boolean-instruction", "boolean-few-shot", "acronyms"):
+        assert len(load_task(name, tiny, sizes=SMALL).split("test")) == SMALL["test"]
+        return
+    with pytest.raises(InputError, match=rf"^task {name}\b[^\n]+$"):
+        load_task(name, tiny, sizes=SMALL)
 
 
 def test_the_word_that_is_split_is_named(stories):
