@@ -246,7 +246,7 @@ def test_years_in_a_tokenizer_that_cuts_digits_one_by_one(name, metaspace):
 @pytest.mark.parametrize("tokenizer", ["stories", "letters"])
 def test_a_tokenizer_a_task_does_not_fit_is_one_clear_line(name, tokenizer, request):
     tiny = request.getfixturevalue(tokenizer)
-    if tokenizer == "stories" and name in ("gendered-pronoun", "boolean-instruction", "boolean-few-shot", "acronyms"):
+    if tokenizer == "stories" and name in ("gendered-pronoun", "acronyms"):
         assert len(load_task(name, tiny, sizes=SMALL).split("test")) == SMALL["test"]
         return
     with pytest.raises(InputError, match=rf"^task {name}\b[^\n]+$"):
