@@ -19,12 +19,16 @@ _PATIENCE = 1000  # rows drawn in a row that are not new, before a task is out o
 
 @dataclass(frozen=True)
 class Row:
-    """Two prompts, the right answer to the clean one and a wrong one; both begin with a space where there is one."""
+    """Two prompts, the right answer to the clean one and a wrong one; both begin with a space where there is one.
+
+    ``where`` names the row in errors; without it the clean prompt does.
+    """
 
     clean: str
     corrupted: str
     answer: str
     distractor: str
+    where: str = ""
 
 
 class Encoder:
@@ -100,8 +104,8 @@ class Encoder:
         """Tokenize and check the rows.
 
         Args:
-            tokens: the token of every answer and distractor, where a model would write it otherwise than the tokenizer
-                writes the whole text (the digits of a year); None: the one token it is after the prompt.
+            tokens: the token of every answer and distractor, where it is not the one that the tokenizer makes of it
+                after the prompt.
 
         Raises:
             InputError: an answer that is not a single token, a prompt that changes when the answer follows it, prompts
@@ -113,7 +117,7 @@ class Encoder:
         longest = self.tokenizer.model_max_length
         pairs = []
         for row, right, wrong in zip(rows, clean, corrupted, strict=True):
-            where = f"task {self.task}, {row.clean!r}"
+            where = row.where or f"task {self.task}, {row.clean!r}"
             if tokens is None and right.pop() != token[row.answer]:
                 raise InputError(f"{where}: the tokenizer merges the answer {row.answer!r} with the prompt")
             if len(right) > longest:
