@@ -3,6 +3,7 @@
 Both are computed once per example and kept, up to a budget of bytes; examples beyond it are computed when asked for.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -100,6 +101,15 @@ class Reference:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def first(self, most: int) -> "Reference":
+        """The same on the first ``most`` examples; what is kept is shared."""
+        if most >= len(self):
+            return self
+        part = copy.copy(self)
+        part.examples = self.examples.select(torch.arange(most))
+        part.lengths, part.counts = self.lengths[:most], self.counts[:most]
+        return part
 
     def batch(self, indices: Tensor) -> Batch:
         """The examples ``indices`` ``[B]``, from the cache where they are in it."""
