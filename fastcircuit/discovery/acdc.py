@@ -95,15 +95,16 @@ class _Search:
         for run in self.runs:
             run.enter(number)
         self.live = self.graph.live(self.keep)[1]
-        self.differs = np.any([run.differs(number) for run in self.runs], axis=0)
 
     def _decide_reader(self, number: int, row: int) -> None:
         site = self.graph.sites[number]
         first = site.first_edge + row * site.num_writers
-        live = bool(self.live[site.first_reader + row])
+        differs = np.zeros(site.num_writers, dtype=bool)
+        if self.live[site.first_reader + row]:
+            differs = np.any([run.differs(number, row) for run in self.runs], axis=0)
         waiting: list[int] = []
         for writer in reversed(range(site.num_writers)):
-            if live and self.differs[writer]:
+            if differs[writer]:
                 waiting.append(writer)
             else:
                 self._decide(first + writer, 0.0, self.kl)
