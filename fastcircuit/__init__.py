@@ -10,7 +10,7 @@ from fastcircuit.submodel.registration import register as _register_submodels
 
 if TYPE_CHECKING:
     from fastcircuit.circuit import Circuit
-    from fastcircuit.discovery import Discovery, Settings, discover
+    from fastcircuit.discovery import BaselineSettings, Discovery, Scores, Settings, attribute, discover
     from fastcircuit.errors import InputError, RunError
     from fastcircuit.evaluation.faithfulness import evaluate
     from fastcircuit.extraction.extract import extract
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BaselineSettings",
     "Circuit",
     "Discovery",
     "Graph",
@@ -29,7 +30,9 @@ __all__ = [
     "MaskedCausalLM",
     "Masks",
     "RunError",
+    "Scores",
     "Settings",
+    "attribute",
     "discover",
     "draw",
     "evaluate",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BaselineSettings": "discovery",
     "Circuit": "circuit",
     "Discovery": "discovery",
     "Graph": "graph",
@@ -45,7 +49,9 @@ _HOMES = {
     "MaskedCausalLM": "models.masked",
     "Masks": "masks",
     "RunError": "errors",
+    "Scores": "discovery",
     "Settings": "discovery",
+    "attribute": "discovery",
     "discover": "discovery",
     "draw": "report",
     "evaluate": "evaluation.faithfulness",

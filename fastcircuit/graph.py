@@ -248,6 +248,24 @@ class Graph:
             writers[: site.num_writers] |= (site.view(on) & rows[:, None]).any(axis=0)
         return writers, readers
 
+    def everywhere(self, on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of what is :meth:`live`, what is needed at every token and not just at the answers.
+
+        That are the keys and values of live heads, and all that leads to them.
+
+        Returns:
+            Bool ``[num_writers]``, bool ``[num_readers]``.
+        """
+        live, _ = self.live(on)
+        writers, readers = np.zeros(self.num_writers, dtype=bool), np.zeros(self.num_readers, dtype=bool)
+        for site in reversed(self.sites[:-1]):
+            rows = self._owner_rows(site, writers)
+            if site is self.attention_site(site.layer):
+                rows[self.num_heads :] = self._owner_rows(site, live)[self.num_heads :]
+            readers[site.first_reader : site.first_reader + site.num_readers] = rows
+            writers[: site.num_writers] |= (site.view(on) & rows[:, None]).any(axis=0)
+        return writers, readers
+
     def _owner_rows(self, site: Site, writers: np.ndarray) -> np.ndarray:
         """For each reader of ``site``, whether a writer it feeds is in ``writers``."""
         if site.name == FINAL_READ:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery import upstream
+from fastcircuit.discovery import acdc, baselines, upstream
+from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
 from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
@@ -25,7 +26,7 @@ from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
-METHODS = ("edge-pruning",)
+METHODS = ("edge-pruning", *baselines.METHODS)
 DEFAULT_SPARSITY = 0.95
 MOST_TO_ELIMINATE = 256
 
@@ -36,8 +37,11 @@ class Discovery:
 
     Args:
         circuit: the kept edges.
-        masks: log-alphas, ``edge`` ``[num_edges]`` and ``node`` ``[num_writers]`` (higher: kept more surely).
-        history: one row per step: step, KL, penalty, edge sparsity, its target (float64 ``[steps, 5]``).
+        masks: Edge Pruning's log-alphas (higher: kept more surely), or the scores of another method: ``edge``
+            ``[num_edges]`` and ``node`` ``[num_writers]``.
+        history: Edge Pruning: one row per step: step, KL, penalty, edge sparsity, its target (float64 ``[steps, 5]``);
+            ACDC: one per edge (see ``acdc.py``); no rows for the others.
+        columns: what is in a row.
     """
 
     circuit: Circuit
@@ -64,25 +68,30 @@ def discover(
     *,
     sparsity: float | None = None,
     edges: int | None = None,
-    settings: Settings | None = None,
+    settings: Settings | BaselineSettings | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     on_report: Callable[[Report], None] | None = None,
     on_round: OnRound | None = None,
+    on_progress: OnProgress | None = None,
     **changes: Any,
 ) -> Discovery:
     """Find the circuit of ``task`` in ``model`` on its train split.
 
     Args:
-        method: ``edge-pruning``.
+        method: ``edge-pruning``, ``acdc``, or an attribution: ``eap``, ``eap-ig``, ``eap-ig-activations``,
+            ``clean-corrupted``, ``exact``, ``random`` (see ``attribution.py``).
         sparsity: fraction of edges to remove; the circuit keeps exactly ``round((1 - sparsity) * num_edges)``.
         edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat``, whatever
             the run arrives at.
-        settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
-        checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
+            ACDC's circuit is as large as its threshold makes it.
+        settings: hyperparameters, :class:`BaselineSettings` for any method but Edge Pruning; ``changes`` are changes to
+            them (``steps=500``, ``threshold=0.01``, ``nodes=20``).
+        checkpoint: file that Edge Pruning writes during the run; with ``resume`` the run is taken up from it.
         on_report: called every few steps with a :class:`Report`.
         on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
             training KL.
+        on_progress: called by the other methods with the method, how much is done, and how much there is to do.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.
@@ -90,6 +99,12 @@ def discover(
     """
     if method not in METHODS:
         raise InputError(f"no method {method!r}; methods are {', '.join(METHODS)}")
+    if method != "edge-pruning":
+        if resume:
+            raise InputError(f"method {method} has no checkpoint to resume; run it again")
+        return _baseline(model, task, method, settings, changes, sparsity, edges, on_progress)
+    if isinstance(settings, BaselineSettings):
+        raise InputError("edge-pruning takes Settings, not BaselineSettings")
     settings = (settings or Settings()).changed(changes)
     num_edges = _edges_wanted(model, settings, sparsity, edges)
     train = task.split("train")
@@ -107,6 +122,35 @@ def discover(
         run.resume(path)
     run.run(path, on_report=on_report)
     return _finish(run, task, num_edges, on_round)
+
+
+def _baseline(
+    model: MaskedCausalLM,
+    task: Task,
+    method: str,
+    settings: Settings | BaselineSettings | None,
+    changes: dict[str, Any],
+    sparsity: float | None,
+    edges: int | None,
+    on_progress: OnProgress | None,
+) -> Discovery:
+    """Any method but Edge Pruning."""
+    if isinstance(settings, Settings):
+        raise InputError(f"method {method} takes BaselineSettings; Settings are Edge Pruning's")
+    settings = (settings or BaselineSettings()).changed(changes)
+    circuit, scores, history = baselines.find(model, task, method, settings, sparsity, edges, on_progress)
+    masks = Masks(torch.from_numpy(scores.edge), torch.from_numpy(scores.node))
+    circuit = _described(circuit, model, task, method, settings)
+    return Discovery(circuit, masks, torch.from_numpy(history), acdc.COLUMNS)
+
+
+def _described(
+    circuit: Circuit, model: MaskedCausalLM, task: Task, method: str, settings: Settings | BaselineSettings
+) -> Circuit:
+    """The circuit with what it was found in, for and by."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    provenance = {"method": method, "settings": settings.to_dict(), "versions": versions}
+    return dataclasses.replace(circuit, model=model.about, task=task.name, provenance=provenance)
 
 
 def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None) -> int | None:
@@ -143,15 +187,6 @@ def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRou
     else:
         assert num_edges is not None
         circuit = _best_of_size(run, num_edges, on_round)
-    circuit = dataclasses.replace(
-        circuit,
-        model=run.model.about,
-        task=task.name,
-        provenance={
-            "method": "edge-pruning",
-            "settings": settings.to_dict(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        },
-    )
+    circuit = _described(circuit, run.model, task, "edge-pruning", settings)
     masks = Masks(parameters.edge.detach().cpu(), parameters.node.detach().cpu())
     return Discovery(circuit, masks, torch.tensor(run.history, dtype=torch.float64))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.circuit import Circuit
+from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
 from fastcircuit.discovery.discovery import discover
 from fastcircuit.discovery.edge_pruning import Report
 from fastcircuit.discovery.refine import OnRound
@@ -59,11 +60,12 @@ class Run:
         model: MaskedCausalLM,
         task: Task,
         method: str,
-        settings: Settings,
+        settings: Settings | BaselineSettings,
         sparsity: float | None = None,
         edges: int | None = None,
         on_report: OnReport | None = None,
         on_round: OnRound | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Circuit:
         """Find the circuit, evaluate it on the test split (or, without one, on train), write both files."""
         with _Logs(self.directory / "tensorboard" if self.tensorboard else None) as log:
@@ -78,6 +80,7 @@ class Run:
                 resume=self.resume,
                 on_report=_both(on_report, log),
                 on_round=on_round,
+                on_progress=on_progress,
             )
         split = "test" if "test" in task.splits else "train"
         metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}

@@ -3,6 +3,7 @@
 Both are computed once per example and kept, up to a budget of bytes; examples beyond it are computed when asked for.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class Answers:
         tokens: packed tokens whose logits predict the answers, ``[N]``.
         example: row of the batch each belongs to, ``[N]``.
         right, wrong: the answer and the distractor token, ``[N]``; -100 where there is none.
-        log_probs: the full model's log-probabilities, ``[N, V]``, or over the task's answer tokens, ``[N, A]``.
+        log_probs: the full model's log-probabilities, ``[N, V]``, or over the task's answer tokens, ``[N, A]``; empty
+            in a bare batch.
     """
 
     tokens: Tensor
@@ -100,6 +102,15 @@ class Reference:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def first(self, most: int) -> "Reference":
+        """The same on the first ``most`` examples; what is kept is shared."""
+        if most >= len(self):
+            return self
+        part = copy.copy(self)
+        part.examples = self.examples.select(torch.arange(most))
+        part.lengths, part.counts = self.lengths[:most], self.counts[:most]
+        return part
+
     def batch(self, indices: Tensor) -> Batch:
         """The examples ``indices`` ``[B]``, from the cache where they are in it."""
         examples = self.examples.select(indices)
@@ -110,6 +121,16 @@ class Reference:
         else:
             ablated, log_probs = self._compute(examples)
         return Batch(len(examples), token_ids, packing, ablated, self._answers(examples, packing, log_probs))
+
+    def bare_batch(self, indices: Tensor) -> Batch:
+        """The examples ``indices`` without the full model's answers: for a caller that runs the full model itself."""
+        examples = self.examples.select(indices)
+        packing = Packing(examples.input_ids.shape, examples.attention_mask, self.model.device)
+        token_ids = packing.pack(examples.input_ids.to(self.model.device))
+        nothing = torch.empty(0, device=self.model.device)
+        return Batch(
+            len(examples), token_ids, packing, self._ablated(examples), self._answers(examples, packing, nothing)
+        )
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All examples in order, ``size`` at a time."""
@@ -138,9 +159,13 @@ class Reference:
         model = self.model
         _, stream, packing = model.run(examples.input_ids, examples.attention_mask)
         log_probs = self.restrict(model.unembed(stream.index_select(0, packing.select(examples.answer_mask))))
+        return self._ablated(examples), log_probs
+
+    def _ablated(self, examples: Examples) -> States:
+        """What a removed edge carries, over the packed tokens of ``examples``."""
         if self.constant is not None:
-            return self.constant, log_probs
-        return model.run(examples.corrupted_input_ids, examples.attention_mask)[0], log_probs
+            return self.constant
+        return self.model.run(examples.corrupted_input_ids, examples.attention_mask)[0]
 
     @torch.no_grad()
     def _keep_what_fits(self, budget: int) -> None:
@@ -148,7 +173,7 @@ class Reference:
         states: list[States] = []
         log_probs: list[Tensor] = []
         self.num_kept = used = 0
-        for first, last in _token_chunks(self.lengths):
+        for first, last in token_chunks(self.lengths) if budget > 0 else ():
             ablated, answers = self._compute(self.examples.select(torch.arange(first, last)))
             used += _bytes(answers) + (_states_bytes(ablated) if self.interchange else 0)
             if used > budget:
@@ -178,11 +203,11 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     return torch.repeat_interleave(starts, lengths) + offsets
 
 
-def _token_chunks(lengths: Tensor) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of examples with about CHUNK_TOKENS tokens each."""
+def token_chunks(lengths: Tensor, most: int = CHUNK_TOKENS) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of examples with at most ``most`` tokens each (or one example)."""
     first = tokens = 0
     for index, length in enumerate(lengths.tolist()):
-        if tokens and tokens + length > CHUNK_TOKENS:
+        if tokens and tokens + length > most:
             yield first, index
             first, tokens = index, 0
         tokens += length
@@ -197,7 +222,7 @@ def _constant_states(model: MaskedCausalLM, patching: Examples, ablation: str, o
         return model.run(examples.corrupted_input_ids, examples.attention_mask)[0].zero(output_bias)
     totals: list[Tensor] | None = None
     tokens = int(patching.attention_mask.sum())
-    for first, last in _token_chunks(patching.attention_mask.sum(1)):
+    for first, last in token_chunks(patching.attention_mask.sum(1)):
         examples = patching.select(torch.arange(first, last))
         states = model.run(examples.corrupted_input_ids, examples.attention_mask)[0]
         sums = [part.double().sum(1, keepdim=True) for part in (states.embeds, states.heads, states.mlps)]

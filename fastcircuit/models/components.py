@@ -20,7 +20,8 @@ class AttentionRun:
     Args:
         attention: the heads' weights.
         attend: queries, keys, values ``[heads, T, d_head]`` to ``[T, H * d_head]``, differentiable.
-        reads: what each head's query, then each key, then each value sees, ``[readers, T, d]``.
+        reads: what each head's query, then each key, then each value sees, ``[readers, T, d]``; ``[1, T, d]`` when all
+            of them see the same.
     """
 
     attention: Attention
@@ -32,7 +33,9 @@ class AttentionRun:
     def forward(self, keep_graph: bool) -> Tensor:
         """The heads' outputs before the output projection, ``[T, H * d_head]``."""
         projections = self.attention.projections
-        parts = self.attention.norm(self.reads).split([projection.heads for projection in projections])
+        normed = self.attention.norm(self.reads)
+        shared = normed.shape[0] == 1
+        parts = [normed] * 3 if shared else normed.split([projection.heads for projection in projections])
         projected = tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
         if not keep_graph:
             return self.attend(projected)
@@ -49,7 +52,7 @@ class AttentionRun:
         parts = grad_reads.split([projection.heads for projection in projections])
         for projection, grad, part in zip(projections, grads, parts, strict=True):
             projection.backward(grad, part)
-        self.attention.norm.backward_(grad_reads, self.reads)
+        self.attention.norm.backward_(grad_reads, self.reads.expand_as(grad_reads))
 
 
 @dataclass

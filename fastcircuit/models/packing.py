@@ -92,6 +92,11 @@ class Packing:
         rows = torch.repeat_interleave(torch.arange(self.shape[0], device=self.device), self.lengths)
         return rows * self.longest + self.position_ids
 
+    def repeated(self, copies: int) -> "Packing":
+        """``copies`` of the batch under each other: ``copies * T`` tokens, the first copy's first."""
+        shape = torch.Size((copies * self.shape[0], self.shape[1]))
+        return Packing(shape, None if self.real is None else self.real.repeat(copies, 1), self.device)
+
     def pack(self, batch: Tensor) -> Tensor:
         """``[B, S] -> [T]``."""
         return batch.flatten() if self.real is None else batch.flatten()[self.token_index]

@@ -31,6 +31,10 @@ class Watcher(ABC):
         """After a round of refinement."""
         self._show(stage, done, most, f"training KL {kl:.3f}")
 
+    def on_progress(self, stage: str, done: int, most: int) -> None:
+        """After a part of anything that counts up to ``most``."""
+        self._show(stage, done, most, "")
+
     def on_candidate(self, done: int, most: int) -> None:
         """After some candidates of an extraction were decided."""
         self._show("extract", done, most, "components decided")

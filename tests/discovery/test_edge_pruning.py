@@ -227,7 +227,7 @@ BAD_CALLS = {
     "both": ({"sparsity": 0.9, "edges": 3}, "not both"),
     "too many edges": ({"edges": 10**6}, "edges to keep"),
     "no edges": ({"edges": 0}, "edges to keep"),
-    "method": ({"method": "magic"}, "methods are edge-pruning"),
+    "method": ({"method": "magic"}, "methods are edge-pruning, eap, eap-ig"),
     "setting": ({"learning_rat": 1.0}, "no setting 'learning_rat'"),
     "steps": ({"steps": 0}, "steps is 0"),
     "schedule": ({"schedule": "cubic"}, "accepted: linear, logarithmic"),

@@ -1,0 +1,138 @@
+"""Circuits without optimisation: the best edges or writers of an attribution, and ACDC's decisions."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastcircuit.circuit import ABLATIONS, Ablation, Circuit
+from fastcircuit.discovery import acdc as greedy
+from fastcircuit.discovery import attribution
+from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity
+from fastcircuit.discovery.scores import Scores, node_scores
+from fastcircuit.errors import InputError
+from fastcircuit.evaluation.reference import OUTPUT_BIAS, Reference
+from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.tasks.task import Task
+
+METHODS = (*attribution.METHODS, "acdc")
+DEFAULT_SPARSITY = 0.95
+DEFAULT_THRESHOLD = 0.01
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    """How to run a method that is not Edge Pruning.
+
+    Args:
+        loss, ig_steps: of an attribution (see :func:`fastcircuit.discovery.attribution.attribute`).
+        nodes: keep this many writers and every edge between them, instead of a number of edges.
+        threshold: ``acdc``: the KL rise, in nats, from which an edge stays (None: 0.01); attributions: keep every edge
+            that scores at least this, instead of a number of edges.
+        signed: rank edges by their score, negative ones last, instead of by its size.
+        ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
+        seed: of ``random``.
+    """
+
+    loss: str | None = None
+    ig_steps: int = attribution.DEFAULT_STEPS
+    nodes: int | None = None
+    threshold: float | None = None
+    signed: bool = False
+    ablation: Ablation = "interchange"
+    output_bias: str = "split"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("ablation", ABLATIONS), ("output_bias", OUTPUT_BIAS)):
+            if getattr(self, name) not in accepted:
+                raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+
+    def changed(self, changes: dict[str, Any]) -> "BaselineSettings":
+        """These settings with some changed by name; InputError for a name there is not."""
+        known = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise InputError(f"no setting {unknown[0]!r} without edge-pruning; settings are {', '.join(known)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def find(
+    model: MaskedCausalLM,
+    task: Task,
+    method: str,
+    settings: BaselineSettings,
+    sparsity: float | None = None,
+    edges: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> tuple[Circuit, Scores, np.ndarray]:
+    """The circuit of a baseline, the scores it comes from, and ACDC's history (no rows for the others).
+
+    Args:
+        sparsity, edges: the circuit's size, unless ``settings`` choose by writers or threshold.
+
+    Raises:
+        InputError: the size is said in no way or in two, or is more than the graph has.
+    """
+
+    def report(done: int, most: int, *_: float) -> None:
+        if on_progress is not None:
+            on_progress(method, done, most)
+
+    choose = _choice(model, method, settings, sparsity, edges)
+    if method == "acdc":
+        reference = Reference(
+            model, task.split("train"), settings.ablation, settings.output_bias, task.answer_tokens, budget=0
+        )
+        found = greedy.acdc(reference, _acdc_threshold(settings), report)
+        scores = Scores(model.graph, found.rises, node_scores(model.graph, found.rises), settings.ablation)
+        return Circuit(model.graph, found.keep, ablation=settings.ablation).pruned(), scores, found.history
+    scores = attribution.attribute(
+        model,
+        task,
+        method,
+        loss=settings.loss,
+        ig_steps=settings.ig_steps,
+        ablation=settings.ablation,
+        output_bias=settings.output_bias,
+        seed=settings.seed,
+        on_batch=report,
+    )
+    return choose(scores), scores, np.zeros((0, len(greedy.COLUMNS)))
+
+
+def _choice(
+    model: MaskedCausalLM, method: str, settings: BaselineSettings, sparsity: float | None, edges: int | None
+) -> Callable[[Scores], Circuit]:
+    """How the circuit follows from the scores; what is wrong with that is said before any work is done."""
+    graph, absolute = model.graph, not settings.signed
+    sizes = {"sparsity": sparsity, "edges": edges, "nodes": settings.nodes, "threshold": settings.threshold}
+    given = [name for name, value in sizes.items() if value is not None]
+    if method == "acdc":
+        if set(given) - {"threshold"}:
+            raise InputError(f"acdc takes no {given[0]}: its circuit is as large as its threshold makes it")
+        greedy.check_threshold(_acdc_threshold(settings))
+    elif len(given) > 1:
+        raise InputError(f"give {' or '.join(given)}, not both")
+    if settings.nodes is not None:
+        nodes = settings.nodes
+        if not 1 <= nodes <= graph.num_writers:
+            raise InputError(f"nodes is {nodes}; this model has 1 to {graph.num_writers} writers to keep")
+        return lambda scores: scores.node_circuit(nodes, absolute=absolute)
+    if settings.threshold is not None:
+        return lambda scores: scores.circuit(threshold=settings.threshold, absolute=absolute)
+    if edges is None:
+        edges = edges_for_sparsity(graph, DEFAULT_SPARSITY if sparsity is None else sparsity)
+    check_num_edges(graph, edges)
+    return lambda scores: scores.circuit(edges, absolute=absolute)
+
+
+def _acdc_threshold(settings: BaselineSettings) -> float:
+    return DEFAULT_THRESHOLD if settings.threshold is None else settings.threshold

@@ -1,0 +1,254 @@
+"""A batch under a circuit that is decided from the output down: what a removed edge changes, and nothing else.
+
+In front of the reader that is being decided everything is the clean run. Behind it, components that no kept path joins
+to the output are never run; of the others, those run again that read, through kept edges, something that changed, and
+at the answers alone if no key or value depends on what they write. Many removals run at once as copies of the batch.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcircuit.discovery.exact import which_projection
+from fastcircuit.discovery.plain_run import PlainRun
+from fastcircuit.discovery.points import CleanPoint
+from fastcircuit.models.states import attend
+
+
+@dataclass
+class Trial:
+    """K variants of the circuit, each with its loss.
+
+    Args:
+        losses: summed over the batch's examples, float64 ``[K]``.
+        updates: tensors of the current circuit; the tokens (None: all) at which variants differ, and what they put
+            there, ``[K, ...]``.
+    """
+
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    updates: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
+
+    def commit(self, variant: int) -> None:
+        """Make one variant the current circuit."""
+        for current, tokens, variants in self.updates:
+            if tokens is None:
+                current.copy_(variants[variant])
+            else:
+                current.index_copy_(0, tokens, variants[variant])
+
+
+class _Changes:
+    """Writers whose rows differ from the current circuit's, and by how much: ``[n, K, T, d]``, or ``[n, K, N, d]``."""
+
+    def __init__(self, answers: Tensor) -> None:
+        self.answers = answers
+        self.everywhere: list[tuple[np.ndarray, Tensor]] = []
+        self.at_answers: list[tuple[np.ndarray, Tensor]] = []
+
+    def add(self, writers: np.ndarray, rows: Tensor, everywhere: bool) -> None:
+        if everywhere:
+            self.everywhere.append((writers, rows))
+            rows = rows.index_select(2, self.answers)
+        self.at_answers.append((writers, rows))
+
+
+class IncrementalRun:
+    """The current circuit on one batch: the inputs of readers and the outputs of components, as far as decided.
+
+    What is needed at the answers alone has N tokens, not T.
+
+    Args:
+        point: the clean run; its differences become the current circuit's.
+        keep: bool ``[num_edges]``, the edges of the current circuit; whoever decides changes it.
+    """
+
+    def __init__(self, point: CleanPoint, keep: np.ndarray) -> None:
+        self.point, self.clean, self.keep = point, point.clean, keep
+        self.graph, self.differences = point.clean.graph, point.differences
+        self._reads: dict[tuple[int, int], Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._projected: dict[int, tuple[Tensor, ...]] = {}
+        self._runs: dict[int, PlainRun] = {}
+
+    @torch.no_grad()
+    def enter(self, number: int) -> None:
+        """Everything behind site ``number`` is decided, and the site itself is next."""
+        graph, clean, layer = self.graph, self.clean, number // 2
+        self._live_writers, self._live_readers = graph.live(self.keep)
+        self._writers_everywhere, self._readers_everywhere = graph.everywhere(self.keep)
+        if number == clean.num_sites:
+            return
+        out = clean.outputs[number]
+        if number % 2:
+            self._store_output(graph.mlp_writer(layer), out)
+            return
+        for head, values in enumerate(out.unflatten(1, (graph.num_heads, -1)).unbind(1)):
+            self._store_output(graph.head_writer(layer, head), values)
+        attention = clean.anatomy.blocks[layer].attention
+        normed = attention.norm(clean.streams[number])[None]
+        self._projected[number] = tuple(projection(normed) for projection in attention.projections)
+
+    def differs(self, number: int, row: int) -> np.ndarray:
+        """Bool ``[w]``: the writers of a site of which a reader would see a difference between clean and ablated."""
+        return self._removable(number, row).flatten(1).any(1).cpu().numpy()
+
+    @torch.no_grad()
+    def without(self, number: int, row: int, writers: list[int]) -> Trial:
+        """Variants in which reader ``row`` of site ``number`` loses the first, the first two, ... of ``writers``."""
+        removed = self._removable(number, row)[writers]
+        reads = {row: self._read(number, row) - removed.cumsum(0)}
+        trial, changes = Trial(), _Changes(self.clean.answers)
+        for site in range(number, self.clean.num_sites + 1):
+            if site > number:
+                reads = self._changed_reads(site, changes)
+            for reader, read in reads.items():
+                self._update_read(site, reader, read, trial)
+            if reads and site < self.clean.num_sites:
+                (self._run_mlp if site % 2 else self._run_heads)(site, reads, trial, changes)
+        final = reads.get(0)
+        if final is None:
+            final = self._read(self.clean.num_sites, 0).expand(len(writers), -1, -1)
+        trial.losses = self.point.losses(final)
+        return trial
+
+    def _everywhere(self, number: int, row: int) -> bool:
+        """Whether a reader is needed at every token."""
+        return bool(self._readers_everywhere[self.graph.sites[number].first_reader + row])
+
+    def _removable(self, number: int, row: int) -> Tensor:
+        """The differences a reader sees: ``[w, T, d]`` or ``[w, N, d]``."""
+        rows = self.differences.below if self._everywhere(number, row) else self.differences.top
+        return rows[: self.graph.sites[number].num_writers]
+
+    def _read(self, number: int, row: int) -> Tensor:
+        """What a reader sees in the current circuit: ``[T, d]`` or ``[N, d]``."""
+        if (number, row) in self._reads:
+            return self._reads[number, row]
+        return self._clean_read(number, self._everywhere(number, row))
+
+    def _clean_read(self, number: int, everywhere: bool) -> Tensor:
+        stream = self.clean.streams[number]
+        return stream if everywhere or number > self.clean.num_sites - 2 else stream[self.clean.answers]
+
+    def _update_read(self, number: int, row: int, variants: Tensor, trial: Trial) -> None:
+        if (number, row) not in self._reads:
+            self._reads[number, row] = self._read(number, row).clone()
+        trial.updates.append((self._reads[number, row], None, variants))
+
+    def _store_output(self, writer: int, out: Tensor) -> None:
+        """Keep what a live component made of the clean run."""
+        if self._live_writers[writer]:
+            narrow = not self._writers_everywhere[writer] and out.shape[0] != len(self.clean.answers)
+            self._outputs[writer] = out[self.clean.answers] if narrow else out.clone()
+
+    def _changed_reads(self, number: int, changes: _Changes) -> dict[int, Tensor]:
+        """What the live readers of a site see that read something changed, ``[K, T, d]`` or ``[K, N, d]`` by row."""
+        site = self.graph.sites[number]
+        rows = slice(site.first_reader, site.first_reader + site.num_readers)
+        kept, everywhere = site.view(self.keep), self._readers_everywhere[rows]
+        at_answers = self._live_readers[rows] & ~everywhere
+        wide = self._sum_changes(number, np.flatnonzero(everywhere), kept, changes.everywhere)
+        return wide | self._sum_changes(number, np.flatnonzero(at_answers), kept, changes.at_answers)
+
+    def _sum_changes(
+        self, number: int, rows: np.ndarray, kept: np.ndarray, changes: list[tuple[np.ndarray, Tensor]]
+    ) -> dict[int, Tensor]:
+        """The inputs of those of ``rows`` that read any of ``changes``."""
+        reading = np.zeros(len(rows), dtype=bool)
+        for writers, _ in changes:
+            reading |= kept[np.ix_(rows, writers)].any(1)
+        rows = rows[reading]
+        if not len(rows):
+            return {}
+        reads = changes[0][1].new_zeros(len(rows), *changes[0][1].shape[1:])
+        for writers, changed in changes:
+            mask = torch.from_numpy(kept[np.ix_(rows, writers)]).to(changed)
+            reads.flatten(1).addmm_(mask, changed.flatten(1))
+        for read, row in zip(reads, rows.tolist(), strict=True):
+            read += self._read(number, row)
+        return dict(zip(rows.tolist(), reads, strict=True))
+
+    def _run_mlp(self, site: int, reads: dict[int, Tensor], trial: Trial, changes: _Changes) -> None:
+        """Run an MLP on changed reads."""
+        block, writer = self.clean.anatomy.blocks[site // 2], self.graph.mlp_writer(site // 2)
+        out = block.mlp(block.mlp_norm(reads[0]))
+        current = self._outputs[writer]
+        trial.updates.append((current, None, out))
+        self._change(np.array([writer]), (out - current)[None], trial, changes)
+
+    def _run_heads(self, site: int, reads: dict[int, Tensor], trial: Trial, changes: _Changes) -> None:
+        """Run the live heads that changed reads feed."""
+        layer, copies = site // 2, len(next(iter(reads.values())))
+        attention = self.clean.anatomy.blocks[layer].attention
+        heads = self._fed_heads(layer, reads)
+        run, width = self._run(copies), attention.out_weight.shape[1]
+        projected = self._project(site, reads, heads, trial)
+        every = torch.arange(len(heads), device=run.answers.device)
+        out = attend(attention, projected, run.rotary, run.packing, run.anatomy.causal, every)
+        wide = self._writers_everywhere[heads + self.graph.head_writer(layer)]
+        for everywhere in (True, False):
+            places = np.flatnonzero(wide == everywhere)
+            if not len(places):
+                continue
+            some = out if everywhere else out.index_select(0, run.answers)
+            some = some.unflatten(0, (copies, -1)).unflatten(2, (len(heads), width))[:, :, places]  # [K, T, n, d_head]
+            self._change_heads(layer, heads[places], some.permute(2, 0, 1, 3), trial, changes)
+
+    def _change_heads(self, layer: int, heads: np.ndarray, out: Tensor, trial: Trial, changes: _Changes) -> None:
+        """Note what heads put out, ``[n, K, T, d_head]``."""
+        writers = heads + self.graph.head_writer(layer)
+        current = [self._outputs[writer] for writer in writers.tolist()]
+        trial.updates += [(tensor, None, variants) for tensor, variants in zip(current, out, strict=True)]
+        weight = self.clean.anatomy.blocks[layer].attention.out_weight[torch.from_numpy(heads)]
+        change = (out - torch.stack(current)[:, None]).flatten(1, 2)
+        self._change(writers, torch.bmm(change, weight).unflatten(1, out.shape[1:3]), trial, changes)
+
+    def _change(self, writers: np.ndarray, rows: Tensor, trial: Trial, changes: _Changes) -> None:
+        """Note changed writers, ``[n, K, T, d]`` or ``[n, K, N, d]``; all alike in where they are needed."""
+        everywhere = bool(self._writers_everywhere[writers[0]])
+        changes.add(writers, rows, everywhere)
+        below, top = self.differences.below, self.differences.top
+        at_answers = changes.at_answers[-1][1]
+        for place, writer in enumerate(writers.tolist()):
+            if everywhere:
+                trial.updates.append((below[writer], None, below[writer] + rows[place]))
+            trial.updates.append((top[writer], None, top[writer] + at_answers[place]))
+
+    def _fed_heads(self, layer: int, reads: dict[int, Tensor]) -> np.ndarray:
+        """Live heads of a layer that some changed reader feeds."""
+        graph = self.graph
+        first = graph.attention_site(layer).first_reader
+        readers, writers = graph.feeds
+        fed = writers[np.isin(readers, first + np.array(list(reads)))]
+        return np.unique(fed[self._live_writers[fed]]) - graph.head_writer(layer)
+
+    def _project(self, site: int, reads: dict[int, Tensor], heads: np.ndarray, trial: Trial) -> tuple[Tensor, ...]:
+        """Queries, keys and values of ``heads``, one of each for every head: ``[n, K * T, d_head]``."""
+        graph, answers = self.graph, self.clean.answers
+        attention = self.clean.anatomy.blocks[site // 2].attention
+        copies = len(next(iter(reads.values())))
+        groups = heads // (graph.num_heads // graph.num_kv_heads)
+        places = (heads, groups, groups)
+        found = [
+            values[torch.from_numpy(place)].repeat(1, copies, 1).unflatten(1, (copies, -1))
+            for values, place in zip(self._projected[site], places, strict=True)
+        ]
+        for row, read in reads.items():
+            part, index = which_projection(row, graph.num_heads, graph.num_kv_heads)
+            projection = attention.projections[part].take(torch.tensor([index], device=read.device))
+            values = projection(attention.norm(read.flatten(0, 1))[None])[0].unflatten(0, (copies, -1))
+            tokens = None if self._everywhere(site, row) else answers
+            trial.updates.append((self._projected[site][part][index], tokens, values))
+            for place in np.flatnonzero(places[part] == index).tolist():
+                if tokens is None:
+                    found[part][place] = values
+                else:
+                    found[part][place].index_copy_(1, tokens, values)
+        return found[0].flatten(1, 2), found[1].flatten(1, 2), found[2].flatten(1, 2)
+
+    def _run(self, copies: int) -> PlainRun:
+        if copies not in self._runs:
+            self._runs[copies] = self.clean.repeated(copies)
+        return self._runs[copies]

@@ -1,0 +1,127 @@
+"""A score for every edge and writer, and the circuits that follow from it."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from fastcircuit.circuit import Ablation, Circuit
+from fastcircuit.discovery.rounding import check_num_edges, top_circuit
+from fastcircuit.errors import InputError, RunError
+from fastcircuit.files import write_atomically
+from fastcircuit.graph import FINAL_READ, Graph
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How much each edge and writer matters: the rise of the loss when it is removed, measured or estimated.
+
+    Args:
+        edge: float64 ``[num_edges]`` in the order of ``graph.edges``.
+        node: float64 ``[num_writers]`` in the order of ``graph.writers``.
+        ablation: what a removed edge carries.
+
+    Raises:
+        InputError: a wrong shape, or a score that is NaN.
+    """
+
+    graph: Graph
+    edge: np.ndarray
+    node: np.ndarray
+    ablation: Ablation = "interchange"
+
+    def __post_init__(self) -> None:
+        names = {"edge": self.graph.num_edges, "node": self.graph.num_writers}
+        for name, size in names.items():
+            values = np.asarray(getattr(self, name), dtype=np.float64)
+            if values.shape != (size,):
+                raise InputError(f"{name} scores have shape {values.shape}; this graph needs ({size},)")
+            object.__setattr__(self, name, values)
+        check_finite(self.graph, self.edge)
+        if np.isnan(self.node).any():
+            raise InputError(f"the score of writer {self.graph.writers[int(np.isnan(self.node).argmax())]} is NaN")
+
+    def ranking(self, absolute: bool = True) -> np.ndarray:
+        """What edges are ordered by, ``[num_edges]``: the score's size, or the score itself."""
+        return np.abs(self.edge) if absolute else self.edge
+
+    def circuit(
+        self,
+        edges: int | None = None,
+        threshold: float | None = None,
+        *,
+        absolute: bool = True,
+        pruned: bool = True,
+    ) -> Circuit:
+        """The best edges: exactly ``edges`` of them, or all that score at least ``threshold``.
+
+        Args:
+            absolute: rank by the size of a score; otherwise an edge that stands in the way (negative) comes last.
+            pruned: edges that cannot matter (see :meth:`Circuit.pruned`) do not count and are not kept.
+
+        Raises:
+            InputError: neither or both of ``edges`` and ``threshold``, or more edges than the graph has.
+        """
+        if (edges is None) == (threshold is None):
+            raise InputError("give edges or threshold, one of them")
+        ranking = self.ranking(absolute)
+        if threshold is not None:
+            chosen = Circuit(self.graph, ranking >= threshold, ablation=self.ablation)
+            return chosen.pruned() if pruned else chosen
+        assert edges is not None
+        check_num_edges(self.graph, edges)
+        if pruned:
+            return top_circuit(self.graph, ranking, edges, self.ablation)
+        keep = np.zeros(self.graph.num_edges, dtype=bool)
+        keep[np.argsort(-ranking, kind="stable")[:edges]] = True
+        return Circuit(self.graph, keep, ablation=self.ablation)
+
+    def node_circuit(self, nodes: int, *, absolute: bool = True, pruned: bool = True) -> Circuit:
+        """The circuit of the ``nodes`` best writers: every edge that leads from one of them to another or the output.
+
+        Raises:
+            InputError: more writers than the graph has.
+        """
+        graph = self.graph
+        if not 1 <= nodes <= graph.num_writers:
+            raise InputError(f"nodes is {nodes}; this model has 1 to {graph.num_writers} writers to keep")
+        ranking = np.abs(self.node) if absolute else self.node
+        kept = np.zeros(graph.num_writers, dtype=bool)
+        kept[np.argsort(-ranking, kind="stable")[:nodes]] = True
+        readers = np.zeros(graph.num_readers, dtype=bool)
+        readers[graph.reader_id(FINAL_READ)] = True
+        fed_by, feeds = graph.feeds
+        readers[fed_by[kept[feeds]]] = True
+        keep = kept[graph.edge_writers] & readers[graph.edge_readers]
+        circuit = Circuit(graph, keep, ablation=self.ablation)
+        return circuit.pruned() if pruned else circuit
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``edge`` and ``node`` as safetensors."""
+        tensors = {"edge": torch.from_numpy(self.edge.copy()), "node": torch.from_numpy(self.node.copy())}
+        metadata = {"format": "fastcircuit.scores/1"}
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def node_scores(graph: Graph, edge: np.ndarray) -> np.ndarray:
+    """Scores of writers to first order: a writer's gradient is the sum of its readers', so its score is its edges'."""
+    return np.bincount(graph.edge_writers, weights=edge, minlength=graph.num_writers)
+
+
+def check_finite(graph: Graph, edge: np.ndarray) -> None:
+    """InputError naming the first edge whose score is NaN."""
+    wrong = np.isnan(edge)
+    if wrong.any():
+        first = int(wrong.argmax())
+        writer, reader = graph.writers[graph.edge_writers[first]], graph.readers[graph.edge_readers[first]]
+        raise InputError(f"{int(wrong.sum())} edge scores are NaN, the first of {writer} -> {reader}; NaN has no rank")
+
+
+def check_computed(graph: Graph, edge: np.ndarray) -> None:
+    """RunError when a computation gave scores that are not finite."""
+    if not np.isfinite(edge).all():
+        first = int((~np.isfinite(edge)).argmax())
+        name = f"{graph.writers[graph.edge_writers[first]]} -> {graph.readers[graph.edge_readers[first]]}"
+        raise RunError(f"the score of edge {name} came out as {edge[first]}; use a wider dtype; nothing was saved")
