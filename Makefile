@@ -5,8 +5,11 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PACKAGE := $(VENV)/.package
+TOOLS := $(VENV)/.tools
 BUILT := $(VENV)/.built
+# Compiling every module of torch and transformers takes longer than importing those that are used.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS:%=-c %)
 CUDA := import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: nothing was run")
 
 .PHONY: help setup demo test lint bench test-gpu bench-gpu
@@ -19,16 +22,21 @@ setup: $(BUILT)  ## create .venv and install the package, editable, with its dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %) -e ".[$(EXTRAS)]"
+# What the demo needs: the package alone, which builds its kernels.
+$(PACKAGE): pyproject.toml setup.py $(wildcard csrc/*) $(wildcard $(CONSTRAINTS)) | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+$(TOOLS): pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
+	$(INSTALL) -e ".[$(EXTRAS)]"
 	@touch $@
 
 # The compiled kernels again when only they changed: seconds, and no network.
-$(BUILT): setup.py $(wildcard csrc/*) $(INSTALLED)
+$(BUILT): setup.py $(wildcard csrc/*) $(TOOLS)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: setup  ## find, evaluate and draw a circuit in a shipped model
+demo: $(if $(wildcard $(TOOLS)),setup,$(PACKAGE))  ## find, evaluate and draw a circuit in a shipped model
 	$(BIN)/fastcircuit demo
 
 lint: setup  ## style and types
@@ -37,7 +45,7 @@ lint: setup  ## style and types
 	$(BIN)/mypy
 
 test: lint  ## style, types and tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 bench: setup  ## benchmarks
 	$(BIN)/python -m pytest -q bench

@@ -54,7 +54,7 @@ def test_answers_only(model, check_floors, keep, report_row):
 
 
 def _report(name, row, keep, report_row):
-    keep("submodel", [{"circuit": name, "tokens": TOKENS, **row.to_dict()}])
+    keep("submodel", [{"circuit": name, **row.to_dict()}])
     report_row(
         f"GPT-2 small, {name}, prefill of {BATCH} x {TOKENS}",
         f"{row.original_ms:.0f} ms and {row.submodel_ms:.0f} ms, {row.speedup:.2f}x of at most {row.bound:.2f}x",

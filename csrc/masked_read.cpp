@@ -3,32 +3,16 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "isa.h"
+#include "threads.h"
 
 namespace fastcircuit {
 namespace {
 
-constexpr int64_t kAlign = 64;
 // Below this many multiply-adds a thread costs more to wake than it saves.
 constexpr int64_t kWorkPerThread = 1 << 16;
 constexpr int kRangesPerThread = 8;
-
-struct Buffer {
-  explicit Buffer(int64_t bytes) : data(::operator new(std::max<int64_t>(bytes, 1), std::align_val_t(kAlign))) {}
-  ~Buffer() { ::operator delete(data, std::align_val_t(kAlign)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void* data;
-};
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 const Kernels& kernels_for(Isa isa, Dtype stream, Dtype grad_stream) {
 #ifdef FC_X86_VARIANTS
@@ -89,14 +73,6 @@ int useful_threads(int asked, int64_t work, int64_t tiles) {
 #else
   (void)asked, (void)work, (void)tiles;
   return 1;
-#endif
-}
-
-int this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
 #endif
 }
 

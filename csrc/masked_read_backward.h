@@ -15,7 +15,6 @@ constexpr int kDotReaders = 4, kDotWriters = 3;
 constexpr int kDotReaders = 2, kDotWriters = 4;
 #endif
 
-constexpr int64_t kMostLinesPerStep = 4;
 constexpr int64_t kGradReadsBytes = 192 * 1024;
 
 // Columns of a tile: wide enough that summing lanes at its end is cheap, narrow enough that grad_reads stays near.
@@ -34,8 +33,9 @@ FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t 
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVecs; ++v)
       acc[i][v] = accumulate ? Traits<G>::load(g + i * stride + v * kLanes) : Vec<A>{};
+  Prefetch ahead = prefetch;
   for (int64_t r = 0; r < readers; ++r) {
-    prefetch.step();
+    ahead.step();
     Vec<A> d[kVecs];
     for (int v = 0; v < kVecs; ++v) d[v] = Traits<A>::load(x + r * kTile<A> + v * kLanes);
     for (int i = 0; i < Rows; ++i) {
@@ -43,6 +43,7 @@ FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t 
       for (int v = 0; v < kVecs; ++v) acc[i][v] += zi * d[v];
     }
   }
+  prefetch = ahead;
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVecs; ++v) Traits<G>::store(g + i * stride + v * kLanes, acc[i][v]);
 }
@@ -57,6 +58,18 @@ FC_INLINE void grad_tile_rows(int64_t rows, const A* z, const A* x, int64_t read
   }
 }
 
+// total[i] = the sum of the lanes of acc[i].
+template <class A, int N>
+FC_INLINE void sum_accumulators(Vec<A>* acc, A* total) {
+  constexpr int kLanes = Simd<A>::kLanes;
+#ifdef FC_SHUFFLES
+  sum_lanes_of_all<A, N>(acc);
+  for (int i = 0; i * kLanes < N; ++i) Traits<A>::store(total + i * kLanes, acc[i]);
+#else
+  for (int i = 0; i < N; ++i) total[i] = sum_lanes<A, kLanes>(acc[i]);
+#endif
+}
+
 // sums[r * sums_stride + w] += <x_r, d_w> over `tiles` tiles, for Readers x kDotWriters pairs at once. Only the
 // first `writers` of them are kept; the others repeat a row that exists.
 template <class S, int Readers, class A = typename Traits<S>::Accumulate>
@@ -68,10 +81,11 @@ FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride
   Vec<A> acc[Readers][kDotWriters];
   for (int i = 0; i < Readers; ++i)
     for (int j = 0; j < kDotWriters; ++j) acc[i][j] = Vec<A>{};
+  Prefetch ahead = prefetch;
   for (int64_t t = 0; t < tiles; ++t) {
 #pragma GCC unroll 1
     for (int v = 0; v < kVecs; ++v) {
-      prefetch.step();
+      ahead.step();
       Vec<A> xi[Readers];
       for (int i = 0; i < Readers; ++i) xi[i] = Traits<A>::load(x + (t * readers + i) * kTile<A> + v * kLanes);
       for (int j = 0; j < kDotWriters; ++j) {
@@ -80,13 +94,11 @@ FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride
       }
     }
   }
-  // Through memory on purpose: an index that is not a constant would keep the sums out of registers above.
-  A lanes[Readers][kDotWriters][kLanes];
+  prefetch = ahead;
+  A total[(Readers * kDotWriters + kLanes - 1) / kLanes * kLanes];
+  sum_accumulators<A, Readers * kDotWriters>(&acc[0][0], total);
   for (int i = 0; i < Readers; ++i)
-    for (int j = 0; j < kDotWriters; ++j) Traits<A>::store(lanes[i][j], acc[i][j]);
-  for (int i = 0; i < Readers; ++i)
-    for (int64_t j = 0; j < writers; ++j)
-      sums[i * sums_stride + j] += sum_lanes<A, kLanes>(Traits<A>::load(lanes[i][j]));
+    for (int64_t j = 0; j < writers; ++j) sums[i * sums_stride + j] += total[i * kDotWriters + j];
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
@@ -125,17 +137,11 @@ struct Backward {
     return wide_tile<A>(p.readers) * (p.readers * sizeof(A) + kRows * (sizeof(S) + sizeof(G)));
   }
 
-  // Fetches the next block of writers; `tile_steps` is how often each tile of this one calls step().
+  // Fetches the next block of writers while this one is computed.
   template <class T>
-  static Prefetch ahead(const T* next, int64_t stride, int64_t left, int64_t width, int64_t tile_steps) {
-    if (!next || left <= 0) return Prefetch{};
-    Prefetch prefetch{reinterpret_cast<const char*>(next), stride * int64_t(sizeof(T)), left < kRows ? left : kRows,
-                      0, 0, 0};
-    while ((int64_t(64) << prefetch.line_bits) < width * int64_t(sizeof(T))) ++prefetch.line_bits;
-    const int64_t steps = width / kTile<A> * (tile_steps > 0 ? tile_steps : 1);
-    prefetch.lines_per_step = ((prefetch.rows << prefetch.line_bits) + steps - 1) / steps;
-    // With few readers there is too little arithmetic to hide it in, and the hardware does better alone.
-    return prefetch.lines_per_step > kMostLinesPerStep ? Prefetch{} : prefetch;
+  static Prefetch ahead(const T* next, int64_t stride, int64_t left, int64_t width) {
+    const int64_t rows = left < kRows ? left : kRows;
+    return next && left > 0 ? Prefetch(next, stride * int64_t(sizeof(T)), rows, width * int64_t(sizeof(T))) : Prefetch();
   }
 
   // `tiles` whole tiles of one block of writers.
@@ -162,7 +168,7 @@ struct Backward {
       std::memcpy(d_copy + j * wide, d + j * p.stream_stride, sizeof(S) * width);
       if (g && p.accumulate) std::memcpy(g_copy + j * wide, g + j * p.grad_stream_stride, sizeof(G) * width);
     }
-    Prefetch nothing{};
+    Prefetch nothing;
     block(p, z, x, d_copy, wide, g ? g_copy : nullptr, wide, rows, tiles, sums, nothing, nothing);
     if (g)
       for (int64_t j = 0; j < rows; ++j)
@@ -185,9 +191,8 @@ struct Backward {
         double* block_sums = sums ? sums + w : nullptr;
         if (width % kTile<A> == 0) {
           const int64_t left = p.writers - w - rows;
-          Prefetch next_d = ahead(d + rows * p.stream_stride, p.stream_stride, left, width, kVecs * (p.readers / kDotReaders));
-          Prefetch next_g = ahead(g ? g + rows * p.grad_stream_stride : nullptr, p.grad_stream_stride, left, width,
-                                  p.readers);
+          Prefetch next_d = ahead(d + rows * p.stream_stride, p.stream_stride, left, width);
+          Prefetch next_g = ahead(g ? g + rows * p.grad_stream_stride : nullptr, p.grad_stream_stride, left, width);
           block(p, z, x, d, p.stream_stride, g, p.grad_stream_stride, rows, width / kTile<A>, block_sums, next_d,
                 next_g);
         } else {

@@ -24,21 +24,24 @@ constexpr int64_t kMaxPanelTiles = 16, kPanelBytes = 512 * 1024;
 // Reads larger than this do not stay in cache anyway, so they are written around it.
 constexpr int64_t kStreamingBytes = 4 << 20;
 
-// A panel is `tiles` neighbouring tiles. While one is computed the next is fetched from memory, a few cache lines
-// per step of the multiplication, row by row so that memory is read in runs as long as a panel is wide.
+// A panel is `tiles` neighbouring tiles. While one is computed the next is fetched from memory, a cache line per step
+// of the multiplication, row by row so that memory is read in runs as long as a panel is wide. Loops step a copy of
+// their own: what a reference points to would be written back at every step.
 struct Prefetch {
-  const char* next;  // null: nothing left to fetch
-  int64_t stride, rows;
-  int64_t line, lines_per_step;
-  int line_bits;  // log2 of the lines of one row of a panel
+  const char* at = nullptr;
+  int64_t rows = 0, lines = 0;  // still to fetch; 0 rows: nothing
+  int64_t row_lines = 0, jump = 0;
+
+  Prefetch() = default;
+  Prefetch(const void* first, int64_t stride, int64_t rows, int64_t row_bytes)
+      : at(static_cast<const char*>(first)), rows(first ? rows : 0), lines((row_bytes + 63) / 64), row_lines(lines),
+        jump(stride - 64 * lines) {}
 
   FC_INLINE void step() {
-    if (!next) return;
-    for (int64_t i = 0; i < lines_per_step; ++i, ++line) {
-      const int64_t row = line >> line_bits;
-      if (row >= rows) return;
-      __builtin_prefetch(next + row * stride + (line - (row << line_bits)) * 64, 0, 2);
-    }
+    if (rows <= 0) return;
+    __builtin_prefetch(at, 0, 2);
+    at += 64;
+    if (--lines == 0) lines = row_lines, at += jump, --rows;
   }
 };
 
@@ -52,8 +55,9 @@ FC_INLINE void read_tile(const A* z, const S* rows, int64_t stride, A* packed, i
     const Vec<A> start = base ? Traits<S>::load(base + v * kLanes) : Vec<A>{};
     for (int i = 0; i < Rows; ++i) acc[i][v] = start;
   }
+  Prefetch ahead = prefetch;
   for (int64_t w = 0; w < writers; ++w) {
-    prefetch.step();
+    ahead.step();
     Vec<A> d[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       if constexpr (Pack) {
@@ -71,6 +75,7 @@ FC_INLINE void read_tile(const A* z, const S* rows, int64_t stride, A* packed, i
     rows += stride;
     packed += kTile<A>;
   }
+  prefetch = ahead;
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVecs; ++v) {
       if constexpr (Around) {
@@ -118,7 +123,7 @@ void read_tail(const ReadParams& p, const A* panels, A* packed, char* scratch, i
   for (int64_t w = 0; w < p.writers; ++w)
     std::memcpy(rows + w * kWide, stream + w * p.stream_stride, sizeof(S) * width);
   if (p.base) std::memcpy(base, static_cast<const S*>(p.base) + begin, sizeof(S) * width);
-  Prefetch nothing{};
+  Prefetch nothing;
   read_tile_all<S, false>(p, panels, packed, rows, kWide, base, out, kWide, nothing);
   for (int64_t r = 0; r < p.readers; ++r)
     std::memcpy(static_cast<S*>(p.reads) + r * p.reads_stride + begin, out + r * kWide, sizeof(S) * width);
@@ -152,16 +157,12 @@ void read_range(const ReadParams& p, const void* panels, void* scratch, int64_t 
   const S* base = static_cast<const S*>(p.base);
   S* reads = static_cast<S*>(p.reads);
   if (p.readers <= kFewReaders) return read_few_range<S>(p, z, packed, begin, end);
-  const int64_t tiles = panel_tiles<S>(p), row_lines = tiles * kTile<A> * int64_t(sizeof(S)) / 64;
-  Prefetch prefetch{nullptr, p.stream_stride * int64_t(sizeof(S)), p.writers, 0, 0, 0};
-  while ((1 << prefetch.line_bits) < row_lines) ++prefetch.line_bits;
-  const int64_t steps = tiles * ((p.readers + kRows - 1) / kRows);
-  prefetch.lines_per_step = (row_lines + steps - 1) / steps;
+  const int64_t tiles = panel_tiles<S>(p);
   const auto tile = writes_around_cache<S>(p) ? read_tile_all<S, true> : read_tile_all<S, false>;
   while (begin + kTile<A> <= end) {
     const int64_t next = begin + tiles * kTile<A>;
-    prefetch.next = next < end ? reinterpret_cast<const char*>(stream + next) : nullptr;
-    prefetch.line = 0;
+    Prefetch prefetch(next < end ? stream + next : nullptr, p.stream_stride * int64_t(sizeof(S)), p.writers,
+                      tiles * kTile<A> * int64_t(sizeof(S)));
     for (; begin < next && begin + kTile<A> <= end; begin += kTile<A>)
       tile(p, z, packed, stream + begin, p.stream_stride, base ? base + begin : nullptr, reads + begin,
            p.reads_stride, prefetch);

@@ -2,19 +2,13 @@
 #include "packed_attention.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "isa.h"
+#include "threads.h"
 
 namespace fastcircuit {
 namespace {
 
-constexpr int64_t kAlign = 64;
 // Below this many multiply-adds a thread costs more to wake than it saves.
 constexpr int64_t kWorkPerThread = 1 << 17;
 
@@ -27,26 +21,15 @@ const AttentionKernels& kernels_for(Isa isa, Dtype dtype) {
   return portable::attention_kernels(dtype);
 }
 
-int this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 // Every task writes its own rows, so the result is the same for any number of threads.
 void for_tasks(const AttentionParams& p, int64_t scratch_bytes, AttentionTask run) {
   const int64_t tasks = p.sequences * p.kv_heads;
   if (tasks == 0 || p.heads == 0 || p.width == 0) return;
   const int64_t work = p.heads * p.tokens * p.longest * p.width;
   const int threads = int(std::max<int64_t>(1, std::min<int64_t>({p.threads, work / kWorkPerThread, tasks})));
-  const int64_t size = (scratch_bytes + kAlign - 1) / kAlign * kAlign;
-  struct Free {
-    void operator()(void* data) const { ::operator delete(data, std::align_val_t(kAlign)); }
-  };
-  const std::unique_ptr<void, Free> scratch(::operator new(size_t(size * threads), std::align_val_t(kAlign)));
-  char* const base = static_cast<char*>(scratch.get());
+  const int64_t size = round_up(scratch_bytes, kAlign);
+  const Buffer scratch(size * threads);
+  char* const base = static_cast<char*>(scratch.data);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task)
     run(p, task / p.kv_heads, task % p.kv_heads, base + this_thread() * size);

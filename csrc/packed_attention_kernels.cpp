@@ -87,7 +87,6 @@ FC_INLINE void copy_row(const T* from, int64_t width, T* to) {
   for (; c < width; ++c) to[c] = from[c];
 }
 
-// x[width] <- S row, turned by its position: the half-split layout, y = (a cos - b sin, b cos + a sin).
 template <class S, class A = typename Traits<S>::Accumulate>
 FC_INLINE A number(const S& s) {
   if constexpr (sizeof(S) == sizeof(A)) {
@@ -100,6 +99,7 @@ FC_INLINE A number(const S& s) {
   }
 }
 
+// x[width] <- S row, turned by its position: the half-split layout, y = (a cos - b sin, b cos + a sin).
 template <class S, class A = typename Traits<S>::Accumulate>
 FC_INLINE void load_row(const AttentionParams& p, const void* rows, int64_t at, int64_t token, bool turned, A* x) {
   const S* const row = static_cast<const S*>(rows) + at * p.width;

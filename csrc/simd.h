@@ -139,5 +139,44 @@ FC_INLINE A sum_lanes(V v) {
   }
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FC_SHUFFLES
+#endif
+#endif
+
+#ifdef FC_SHUFFLES
+// Of the segments of `Size` lanes that a and then b are made of, those with an even number, or an odd one.
+template <class A, int Size, int Odd, class Lanes>
+struct Segments;
+
+template <int... I>
+struct Numbers {};
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+template <int... I>
+struct Count<0, I...> {
+  using Type = Numbers<I...>;
+};
+
+template <class A, int Size, int Odd, int... I>
+struct Segments<A, Size, Odd, Numbers<I...>> {
+  static FC_INLINE Vec<A> take(Vec<A> a, Vec<A> b) {
+    return __builtin_shufflevector(a, b, (2 * (I / Size) + Odd) * Size + I % Size...);
+  }
+};
+
+// Puts the sums of the lanes of v[0], ..., v[N - 1] into v[0], v[1], ... without gaps: halves are added, then quarters.
+template <class A, int N, int Size = Simd<A>::kLanes / 2>
+FC_INLINE void sum_lanes_of_all(Vec<A>* v) {
+  using Lanes = typename Count<Simd<A>::kLanes>::Type;
+  for (int i = 0; i < N; i += 2) {
+    const Vec<A> a = v[i], b = i + 1 < N ? v[i + 1] : Vec<A>{};
+    v[i / 2] = Segments<A, Size, 0, Lanes>::take(a, b) + Segments<A, Size, 1, Lanes>::take(a, b);
+  }
+  if constexpr (Size > 1) sum_lanes_of_all<A, (N + 1) / 2, Size / 2>(v);
+}
+#endif
+
 }  // namespace FC_ISA
 }  // namespace fastcircuit

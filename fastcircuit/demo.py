@@ -19,7 +19,7 @@ from fastcircuit.extraction.extract import Extraction, run_extraction, speed_of
 from fastcircuit.extraction.path import OnCandidate
 from fastcircuit.models.loading import load_model, load_tokenizer
 from fastcircuit.report import draw
-from fastcircuit.submodel.speed import SpeedRow
+from fastcircuit.submodel.speed import OnRow, SpeedRow
 from fastcircuit.tasks import load_task
 
 MODEL, TASK, EDGES = "stories260K", "pronoun", 170
@@ -78,6 +78,7 @@ def run_demo(
     on_report: Callable[[Report], None] | None = None,
     on_round: OnRound | None = None,
     on_candidate: OnCandidate | None = None,
+    on_row: OnRow | None = None,
 ) -> Story:
     """Discover, evaluate, draw and extract; everything is written into ``out``, replacing an earlier demo."""
     tokenizer = load_tokenizer(MODEL)
@@ -98,7 +99,7 @@ def run_demo(
     for picture in pictures:
         draw(circuit, picture)
     extraction = run_extraction(model, task, seed=seed, on_candidate=on_candidate)
-    speed = speed_of(model, extraction, task)
+    speed = speed_of(model, extraction, task, on_row)
     shutil.rmtree(out / SUBMODEL, ignore_errors=True)
     extraction.save(out / SUBMODEL, tokenizer, speed)
     return Story(circuit, seconds, extraction, speed, [*run.files, *pictures, out / SUBMODEL])

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastcircuit import cli, demo
+from fastcircuit import demo
+from fastcircuit.cli import main
+from fastcircuit.cli.app import app
 from fastcircuit.system import system_info
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +56,7 @@ def test_the_commands_run(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
         assert sys.argv[0] == "fastcircuit"
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         assert stopped.value.code == 0, command
     assert Path("runs/union.html").stat().st_size
     assert Path("runs/submodel/model.safetensors").stat().st_size
@@ -79,8 +81,8 @@ def test_what_it_lists_is_what_there_is():
     found = system_info()
     for kind in ("architectures", "models", "tasks"):
         assert all(f"`{name}`" in README for name in found[kind]), kind
-    commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    commands += [group.name for group in cli.app.registered_groups]
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    commands += [group.name for group in app.registered_groups]
     assert re.findall(r"^\| `fastcircuit (\w+)", README, re.MULTILINE) == [
         "demo",
         *(c for c in commands if c != "demo"),

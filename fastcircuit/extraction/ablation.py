@@ -36,8 +36,7 @@ def ablation_constants(
 
     Source: circuit extraction paper, section 3 and appendix C.
     """
-    if ablation not in ABLATIONS:
-        raise InputError(f"ablation is {ablation!r}; accepted: {', '.join(ABLATIONS)}")
+    check_ablation(ablation)
     if output_bias not in OUTPUT_BIAS:
         raise InputError(f"output_bias is {output_bias!r}; accepted: {', '.join(OUTPUT_BIAS)}")
     if ablation == "zero":
@@ -50,6 +49,12 @@ def ablation_constants(
     for part in (heads, mlps):
         check_finite(model, part)
     return _constants(model, heads, mlps, has_output_bias=True)
+
+
+def check_ablation(ablation: str) -> None:
+    """InputError unless there is such an ablation."""
+    if ablation not in ABLATIONS:
+        raise InputError(f"ablation is {ablation!r}; accepted: {', '.join(ABLATIONS)}")
 
 
 def equal_length(splits: list[Examples]) -> int:

@@ -15,9 +15,9 @@ from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import check_circuit_fits, circuit_log_probs
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Reference
-from fastcircuit.extraction.ablation import ablation_constants
+from fastcircuit.extraction.ablation import ablation_constants, check_ablation, equal_length
 from fastcircuit.extraction.path import OnCandidate
-from fastcircuit.extraction.prune import MOST_EXAMPLES, halves, prune
+from fastcircuit.extraction.prune import MOST_EXAMPLES, THRESHOLD, check_numbers, halves, prune
 from fastcircuit.extraction.score import Interval, score
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -27,7 +27,7 @@ from fastcircuit.submodel.kept import Constants, Kept
 from fastcircuit.submodel.modeling_circuit import CircuitForCausalLM
 from fastcircuit.submodel.saving import save_submodel
 from fastcircuit.submodel.sizes import Size, size_of
-from fastcircuit.submodel.speed import SpeedRow, measure_speed
+from fastcircuit.submodel.speed import OnRow, SpeedRow, measure_speed
 from fastcircuit.tasks.task import NOTHING, SPLITS, Task
 
 BATCH_SIZE = 64
@@ -94,7 +94,7 @@ def run_extraction(
     task: Task,
     *,
     ablation: str = "mean",
-    threshold: float = 0.01,
+    threshold: float | None = None,
     kl_budget: float | None = None,
     size_budget: float | None = None,
     include_mlps: bool = True,
@@ -107,17 +107,21 @@ def run_extraction(
     """Choose the components, compile them to a submodel, and measure it on the test split.
 
     Args:
-        circuit: keep what this edge circuit keeps, instead of choosing by Algorithm 1.
+        threshold: in nats; None: 0.01.
+        circuit: keep what this edge circuit keeps, instead of choosing by Algorithm 1; then nothing that says how to
+            choose may be given.
         answers_only: logits of the task's answer tokens at the last position only; such a model cannot ``generate``.
-        ablation, threshold, kl_budget, size_budget, include_mlps, output_bias, seed, on_candidate: as in
+        ablation, kl_budget, size_budget, include_mlps, output_bias, seed, on_candidate: as in
             :func:`fastcircuit.extraction.prune.prune`.
 
     Raises:
         InputError: bad arguments, a task or circuit that does not fit the model, or nothing left.
     """
+    check_options(ablation, threshold, kl_budget, size_budget, include_mlps, circuit)
+    _check_answers(task, circuit, answers_only)
     model = model if isinstance(model, MaskedCausalLM) else MaskedCausalLM(model)
     chosen: dict[str, Any] = {
-        "threshold": threshold,
+        "threshold": THRESHOLD if threshold is None else threshold,
         "kl_budget": kl_budget,
         "size_budget": size_budget,
         "include_mlps": include_mlps,
@@ -132,8 +136,7 @@ def run_extraction(
     else:
         check_circuit_fits(model, circuit)
         kept, chosen = kept_by(circuit), {"edge_circuit": f"{circuit.num_edges} edges"}
-        constants = ablation_constants(model, halves(task, MOST_EXAMPLES, seed)[0], ablation, output_bias)
-        metrics = score(model, constants, [kept], task.split("test"), task.answer_tokens, seed)[0]
+        constants, metrics = _measure(model, task, kept, ablation, output_bias, seed)
     submodel = _compile(model, task, kept, constants, answers_only)
     return Extraction(
         submodel=submodel,
@@ -156,6 +159,38 @@ def run_extraction(
     )
 
 
+def check_options(
+    ablation: str = "mean",
+    threshold: float | None = None,
+    kl_budget: float | None = None,
+    size_budget: float | None = None,
+    include_mlps: bool = True,
+    circuit: Circuit | None = None,
+) -> None:
+    """InputError unless :func:`run_extraction` takes these; needs no model, so that it can come first."""
+    check_ablation(ablation)
+    given = {
+        "--threshold": threshold is not None,
+        "--kl-budget": kl_budget is not None,
+        "--size-budget": size_budget is not None,
+        "--no-mlps": not include_mlps,
+    }
+    idle = [name for name, is_given in given.items() if is_given]
+    if circuit is not None and idle:
+        raise InputError(
+            f"{', '.join(idle)}: with --circuit the circuit says what is kept and nothing is searched; leave one out"
+        )
+    check_numbers([THRESHOLD if threshold is None else threshold], kl_budget, size_budget)
+
+
+def _check_answers(task: Task, circuit: Circuit | None, answers_only: bool) -> None:
+    if circuit is not None and answers_only and task.answer_tokens is None:
+        raise InputError(
+            f"task {task.name} names no answer tokens, so the KL against an edge circuit needs the whole vocabulary; "
+            "leave out --answers-only"
+        )
+
+
 def kept_by(circuit: Circuit) -> Kept:
     """The heads and MLPs that write to any edge of ``circuit``."""
     graph = circuit.graph
@@ -167,10 +202,10 @@ def kept_by(circuit: Circuit) -> Kept:
     return kept
 
 
-def speed_of(model: MaskedCausalLM, extraction: Extraction, task: Task) -> list[SpeedRow]:
+def speed_of(model: MaskedCausalLM, extraction: Extraction, task: Task, on_row: OnRow | None = None) -> list[SpeedRow]:
     """A quick measurement at the task's own prompt length (see :func:`measure_speed`)."""
-    length = int(task.split("test").attention_mask.sum(1).max())
-    return measure_speed(model.model, extraction.submodel, tokens=max(length, 16), batches=(1, 32), rounds=5)
+    length = max(int(task.split("test").attention_mask.sum(1).max()), 16)
+    return measure_speed(model.model, extraction.submodel, length, batches=(1, 32), rounds=5, on_row=on_row)
 
 
 def answer_tokens_of(task: Task) -> tuple[int, ...]:
@@ -183,6 +218,17 @@ def answer_tokens_of(task: Task) -> tuple[int, ...]:
             examples = task.split(name)
             found |= set(examples.answers.flatten().tolist()) | set(examples.distractors.flatten().tolist())
     return tuple(sorted(found - {NOTHING}))
+
+
+def _measure(
+    model: MaskedCausalLM, task: Task, kept: Kept, ablation: str, output_bias: str, seed: int
+) -> tuple[Constants, dict[str, Interval]]:
+    """What the removed components of a given choice write, and its metrics on the test split."""
+    patching, test = halves(task, MOST_EXAMPLES, seed)[0], task.split("test")
+    if ablation == "mean-positional":
+        equal_length([patching, test])
+    constants = ablation_constants(model, patching, ablation, output_bias)
+    return constants, score(model, constants, [kept], test, task.answer_tokens, seed)[0]
 
 
 def _compile(
@@ -223,7 +269,5 @@ def _answer_logits(submodel: CircuitForCausalLM, examples: Any, task: Task) -> T
     chosen: Tensor = logits[examples.answer_mask.to(device)]
     if submodel.config.answer_tokens is None:
         return chosen
-    if task.answer_tokens is None:
-        raise InputError("the KL against an edge circuit needs the whole vocabulary; leave out --answers-only")
     full = chosen.new_full((len(chosen), submodel.config.vocab_size), -torch.inf)
     return full.index_copy(1, torch.tensor(submodel.config.answer_tokens, device=device), chosen)

@@ -22,6 +22,7 @@ from fastcircuit.tasks.task import Examples, Task
 MODES = ("fast", "reference")
 MOST_EXAMPLES = 250
 SCALE_EXAMPLES = 32
+THRESHOLD = 0.01
 # The paper's: 30 from 1e-5 to 1, evenly spaced on a log scale.
 THRESHOLDS = tuple(np.logspace(-5, 0, 30).tolist())
 
@@ -91,7 +92,7 @@ def prune(
     task: Task,
     *,
     ablation: str = "mean",
-    threshold: float = 0.01,
+    threshold: float = THRESHOLD,
     mode: str = "fast",
     head_order: str = "code",
     include_mlps: bool = True,
@@ -172,7 +173,7 @@ def sweep(
     threshold comes to: thresholds that decide alike down to some layer cost no more than one.
     """
     _check_choices({"mode": (mode, MODES), "head_order": (head_order, HEAD_ORDERS)})
-    _check_numbers(thresholds, kl_budget, size_budget, most_examples)
+    check_numbers(thresholds, kl_budget, size_budget, most_examples)
     model = model if isinstance(model, MaskedCausalLM) else MaskedCausalLM(model)
     task.check_vocabulary(model.config.vocab_size)
     patching, validation = halves(task, most_examples, seed)
@@ -246,9 +247,13 @@ def _check_choices(choices: dict[str, tuple[str, tuple[str, ...]]]) -> None:
             raise InputError(f"{name} is {value!r}; accepted: {', '.join(accepted)}")
 
 
-def _check_numbers(
-    thresholds: Sequence[float], kl_budget: float | None, size_budget: float | None, most_examples: int
+def check_numbers(
+    thresholds: Sequence[float],
+    kl_budget: float | None,
+    size_budget: float | None,
+    most_examples: int = MOST_EXAMPLES,
 ) -> None:
+    """InputError for a number that :func:`sweep` cannot use."""
     if not thresholds:
         raise InputError("no thresholds; give at least one")
     for name, value in [*(("threshold", value) for value in thresholds), ("kl_budget", kl_budget)]:

@@ -46,9 +46,12 @@ def packed_attention(
     Raises:
         InputError: shapes or dtypes do not fit, or the backend asked for by name cannot run them.
     """
-    _check(query, key, value, starts)
-    if kv_of_head is None:
-        kv_of_head = _equal_groups(query.shape[0], key.shape[0])
+    _check_operands(query, key, value)
+    _check_starts(starts, query.shape[1])
+    kv_of_head = _heads_to_kv(kv_of_head, query.shape[0], key.shape[0])
+    _check_rotary(rotary, *query.shape[1:])
+    if window is not None and window < 1:
+        raise InputError(f"packed_attention: window is {window}; accepted: at least 1, or None to see all tokens")
     run = choose("packed_attention", backend, query, key)
     out: Tensor = run(query, key, value, starts, kv_of_head, rotary, scale, causal, window)
     return out
@@ -59,12 +62,32 @@ def runs_packed(query: Tensor, key: Tensor) -> bool:
     return plain_eager(query) and not unsupported_reasons("packed_attention", "cpu", query, key)
 
 
+def _heads_to_kv(given: Tensor | None, heads: int, kv_heads: int) -> Tensor:
+    """The key and value head of every head, ``[H]``: checked, as a kernel reads where it points."""
+    if given is None:
+        if heads and (not kv_heads or heads % kv_heads):
+            raise InputError(
+                f"packed_attention: {heads} heads do not divide into {kv_heads} equal groups; give kv_of_head"
+            )
+        return _equal_groups(heads, kv_heads)
+    if given.dtype != torch.int64 or given.device.type != "cpu" or given.shape != (heads,):
+        raise InputError(
+            f"packed_attention: kv_of_head is {given.dtype} {list(given.shape)} on {given.device}; accepted: int64 "
+            f"[{heads}] on the CPU"
+        )
+    outside = [head for head in given.tolist() if not 0 <= head < kv_heads]
+    if outside:
+        raise InputError(f"packed_attention: kv_of_head holds {outside[0]}; accepted: 0 to {kv_heads - 1}")
+    return given
+
+
 @functools.lru_cache(maxsize=64)
 def _equal_groups(heads: int, kv_heads: int) -> Tensor:
-    return torch.arange(heads) // max(heads // max(kv_heads, 1), 1)
+    with torch.inference_mode(False):  # kept for later calls, which may be differentiated
+        return torch.arange(heads, device="cpu") // max(heads // max(kv_heads, 1), 1)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> None:
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     fits = query.dim() == key.dim() == 3 and key.shape == value.shape and key.shape[1:] == query.shape[1:]
     if not fits:
         raise InputError(
@@ -73,6 +96,24 @@ def _check(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> None:
         )
     if not query.dtype == key.dtype == value.dtype:
         raise InputError(f"packed_attention: dtypes {query.dtype}, {key.dtype}, {value.dtype} differ")
+
+
+def _check_starts(starts: Tensor, tokens: int) -> None:
     bounds = starts.tolist()
-    if starts.dtype != torch.int64 or bounds[0] != 0 or bounds[-1] != query.shape[1] or bounds != sorted(bounds):
-        raise InputError(f"packed_attention: starts is {bounds}; accepted: ascending int64 from 0 to {query.shape[1]}")
+    ascends = starts.dim() == 1 and bounds == sorted(bounds) and bounds[:1] == [0] and bounds[-1] == tokens
+    if starts.dtype != torch.int64 or starts.device.type != "cpu" or not ascends:
+        raise InputError(
+            f"packed_attention: starts is {starts.dtype} {bounds} on {starts.device}; accepted: ascending int64 from 0 "
+            f"to {tokens} on the CPU"
+        )
+
+
+def _check_rotary(rotary: tuple[Tensor, Tensor] | None, tokens: int, width: int) -> None:
+    if rotary is None:
+        return
+    cos, sin = (list(table.shape) for table in rotary)
+    if not (cos == sin and len(cos) == 2 and cos[0] == tokens and cos[1] <= width and cos[1] % 2 == 0):
+        raise InputError(
+            f"packed_attention: rotary tables have shapes {cos} and {sin}; accepted: [{tokens}, d_rotary] both, "
+            f"d_rotary even and at most {width}"
+        )

@@ -110,6 +110,7 @@ def packed_attention(
     """Softmax attention, one sequence after the other, written out."""
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
+    kv_of_head = kv_of_head.to(key.device)
     key, value = key.index_select(0, kv_of_head), value.index_select(0, kv_of_head)
     out = [
         _attention(query[:, first:last], key[:, first:last], value[:, first:last], scale, causal, window)

@@ -39,6 +39,10 @@ class Watcher(ABC):
         """After some candidates of an extraction were decided."""
         self._show("extract", done, most, "components decided")
 
+    def on_row(self, done: int, most: int) -> None:
+        """After a phase at a batch size was timed."""
+        self._show("time", done, most, "calls timed")
+
     @abstractmethod
     def _show(self, name: str, done: int, total: int, numbers: str) -> None: ...
 

@@ -70,11 +70,12 @@ def extraction_table(found: dict[str, Any], task: str) -> Group:
 
 def speed_table(rows: list[dict[str, Any]]) -> Table:
     """Medians of both models, the speed-up, and its bound from the work that is left (see ``SpeedRow``)."""
-    table = Table("phase", "batch", "original, ms", "submodel, ms", "speed-up", "bound")
+    table = Table("phase", "batch", "tokens", "original, ms", "submodel, ms", "speed-up", "bound")
     for row in rows:
         table.add_row(
             row["phase"],
             str(row["batch"]),
+            str(row["tokens"]),
             f"{row['original_ms']:.2f}",
             f"{row['submodel_ms']:.2f}",
             f"{row['speedup']:.2f}",

@@ -52,6 +52,8 @@ def load_submodel(directory: str | os.PathLike[str], device: str = "cpu", dtype:
         raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
     name = os.fspath(directory)
     path = locate(name)
+    if not Path(path).is_dir():
+        raise InputError(f"no such directory: {name}; name one that `fastcircuit extract` wrote")
     _check_is_submodel(Path(path), name)
     try:
         with quiet():

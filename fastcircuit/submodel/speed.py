@@ -1,7 +1,10 @@
 """How much faster a submodel is than the model it came from, and how much faster it could be at most."""
 
+import copy
+import functools
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +19,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from fastcircuit.errors import RunError
+from fastcircuit.errors import InputError, RunError
+from fastcircuit.models.masked import first_line
 
 BATCHES = (1, 8, 32)
 DECODED = 8  # tokens decoded per round
 NOISE = 0.1  # what a measured ratio may lie above its bound before it is called an error
 
 Call = Callable[[], object]
+OnRow = Callable[[int, int], None]
+Ready = Callable[[], Call]  # makes ready, untimed, and gives what is to be timed
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,13 @@ class SpeedRow:
     """One phase at one batch size: medians and 95th percentiles in milliseconds (decode: per token).
 
     Args:
+        tokens: length of the prompts.
         speedup: median of the original over that of the submodel.
         bound: the largest speed-up the work left allows: the ratio of floating-point operations, of bytes moved, or of
             operations launched, whichever is largest.
     """
 
+    tokens: int
     phase: str
     batch: int
     original_ms: float
@@ -75,34 +83,47 @@ def measure_speed(
     batches: Sequence[int] = BATCHES,
     rounds: int = 10,
     compiled: bool = False,
-    on_row: Callable[[SpeedRow], None] | None = None,
+    on_row: OnRow | None = None,
 ) -> list[SpeedRow]:
     """Both models under one protocol: prefill of random prompts, then decoding token by token with a cache.
 
     Both give logits of the last position only, take turns within a round, and run twice before anything is timed.
-    A circuit with the logits of its answer tokens only cannot decode, so it has prefill rows alone.
+    There are prefill rows alone for a circuit with the logits of its answer tokens only, which cannot decode, and for
+    prompts too short to decode the last ones of their tokens.
 
     Args:
         original, submodel: Hugging Face decoders on the same device, with the same vocabulary.
-        tokens: length of the prompts.
-        compiled: time ``torch.compile`` of both prefills instead of eager ones; decoding is left out.
+        tokens: length of the prompts; where one of the models takes fewer, as many as both take.
+        compiled: time ``torch.compile`` of both prefills too.
+        on_row: called with the rows measured so far and how many there are.
+
+    Raises:
+        InputError: the models have different vocabularies. RunError: ``compiled``, and torch cannot compile here.
     """
-    rows = []
-    limit = getattr(submodel, "longest_input", None) or tokens
+    _check_same_vocabulary(original.config, submodel.config)
+    if compiled:
+        _check_compiles(original.device)
+    tokens = min(tokens, *(most_tokens(model.config) for model in (original, submodel)))
+    phases = {"prefill": _prefill}
+    if tokens > DECODED and getattr(submodel.config, "answer_tokens", None) is None:
+        phases["decode"] = _decode
+    if compiled:
+        phases["prefill, compiled"] = _compiled_prefill
+    rows: list[SpeedRow] = []
     for batch in batches:
-        shape = batch, min(tokens, limit)
-        ids = torch.randint(0, original.config.vocab_size, shape, generator=torch.Generator().manual_seed(batch))
-        ids = ids.to(original.device)
-        phases = {"prefill": _prefill}
-        if not compiled and getattr(submodel.config, "answer_tokens", None) is None:
-            phases["decode"] = _decode
+        generator = torch.Generator().manual_seed(batch)
+        ids = torch.randint(0, original.config.vocab_size, (batch, tokens), generator=generator).to(original.device)
         for phase, make in phases.items():
-            per_call = DECODED if phase == "decode" else 1
-            row = _row(phase, batch, [make(model, ids) for model in (original, submodel)], per_call, rounds, compiled)
-            rows.append(row)
+            rows.append(_row(phase, ids, [make(model, ids) for model in (original, submodel)], rounds))
             if on_row is not None:
-                on_row(row)
+                on_row(len(rows), len(batches) * len(phases))
     return rows
+
+
+def most_tokens(config: Any) -> int:
+    """The longest input a model takes, by its positions and, for a circuit, by its constants."""
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "constant_positions"))
+    return min((limit for limit in limits if limit is not None), default=sys.maxsize)
 
 
 def check_bounds(rows: Sequence[SpeedRow]) -> None:
@@ -115,18 +136,34 @@ def check_bounds(rows: Sequence[SpeedRow]) -> None:
         )
 
 
-def _row(phase: str, batch: int, calls: list[Call], per_call: int, rounds: int, compiled: bool) -> SpeedRow:
+def _check_same_vocabulary(original: Any, submodel: Any) -> None:
+    if original.vocab_size != submodel.vocab_size:
+        raise InputError(
+            f"the models have vocabularies of {original.vocab_size} and {submodel.vocab_size} tokens; name the model "
+            "that the submodel came from"
+        )
+
+
+def _check_compiles(device: torch.device) -> None:
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # torch, its compiler, or the C++ compiler that one calls
+        raise RunError(f"torch.compile does not work here: {first_line(error)}; time the models without it") from error
+
+
+def _row(phase: str, ids: Tensor, calls: list[Ready], rounds: int) -> SpeedRow:
     with torch.no_grad():
-        bound = work_of(calls[0]).ratio(work_of(calls[1]))
-        if compiled:
-            calls = [torch.compile(call, dynamic=False) for call in calls]
         times = _interleaved(calls, rounds)
+        with torch.compiler.set_stance("force_eager"):
+            bound = work_of(calls[0]).ratio(work_of(calls[1]))
+    per_call = DECODED if phase == "decode" else 1
     milliseconds = [[second * 1e3 / per_call for second in seconds] for seconds in times]
     medians = [statistics.median(values) for values in milliseconds]
     highs = [statistics.quantiles(values, n=20, method="inclusive")[-1] for values in milliseconds]
     return SpeedRow(
-        phase=f"{phase}, compiled" if compiled else phase,
-        batch=batch,
+        tokens=ids.shape[1],
+        phase=phase,
+        batch=ids.shape[0],
         original_ms=medians[0],
         original_p95_ms=highs[0],
         submodel_ms=medians[1],
@@ -136,31 +173,37 @@ def _row(phase: str, batch: int, calls: list[Call], per_call: int, rounds: int, 
     )
 
 
-def _prefill(model: Any, ids: Tensor) -> Call:
-    return lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+def _prefill(model: Any, ids: Tensor) -> Ready:
+    return lambda: lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
 
 
-def _decode(model: Any, ids: Tensor) -> Call:
-    """DECODED single tokens after a prompt that is in the cache already; the cache is cut back afterwards."""
-    cache = DynamicCache(config=model.config)
+def _compiled_prefill(model: Any, ids: Tensor) -> Ready:
+    torch.compiler.reset()  # of one function only a few variants are compiled, and the others run eagerly
+    call = torch.compile(_prefill(model, ids)(), dynamic=False)
+    return lambda: call
+
+
+def _decode(model: Any, ids: Tensor) -> Ready:
+    """DECODED single tokens after a prompt that is in the cache already; every call has a copy of that cache."""
+    prompt = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :-DECODED], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :-DECODED], past_key_values=prompt, use_cache=True, logits_to_keep=1)
     steps = ids[:, -DECODED:].split(1, dim=1)
 
-    def run() -> None:
+    def run(cache: DynamicCache) -> None:
         for step in steps:
             model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(-DECODED)
 
-    return run
+    return lambda: functools.partial(run, copy.deepcopy(prompt))
 
 
-def _interleaved(calls: list[Call], rounds: int) -> list[list[float]]:
+def _interleaved(calls: list[Ready], rounds: int) -> list[list[float]]:
     """Seconds per call, the calls taking turns."""
     times: list[list[float]] = [[] for _ in calls]
     with _without_collection():
         for number in range(rounds + 2):
-            for seconds, call in zip(times, calls, strict=True):
+            for seconds, ready in zip(times, calls, strict=True):
+                call = ready()
                 _synchronize()
                 start = time.perf_counter()
                 call()
@@ -170,11 +213,13 @@ def _interleaved(calls: list[Call], rounds: int) -> list[list[float]]:
     return times
 
 
-def work_of(call: Call) -> Work:
-    """Counts what ``call`` does, as it runs eagerly and with attention written out."""
-    call()
+def work_of(ready: Ready) -> Work:
+    """Counts what a call does, as it runs eagerly and with attention written out."""
+    ready()()
+    call = ready()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         call()
+    call = ready()
     with _Traffic() as traffic:
         call()
     return Work(flops.get_total_flops(), traffic.bytes, traffic.operations)

@@ -1,9 +1,9 @@
 """Tasks: pairs of clean and corrupted prompts with answers, in train, validation and test splits.
 
-    task = load_task("pronoun", tokenizer)        # or a JSONL file of your own: load_task("pairs.jsonl", tokenizer)
+    task = load_task("pronoun", tokenizer)        # or a file of your own: load_task("pairs.jsonl", tokenizer)
 
 To add a task: one file here with ``build(tokenizer, seed, sizes) -> Task``, its data under ``data/``, one line in
-``_BUILDERS`` (or in ``_FILES`` when it is a list of pairs).
+``_BUILDERS`` (or in ``_FILES`` when it is a list of pairs). ``rows.py`` is what generated tasks share.
 """
 
 import os
@@ -12,13 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from fastcircuit.errors import InputError
-from fastcircuit.tasks import induction, jsonl, pronoun
+from fastcircuit.tasks import (
+    acronyms,
+    boolean,
+    csv_pairs,
+    docstring,
+    gendered_pronoun,
+    greater_than,
+    induction,
+    ioi,
+    jsonl,
+    pronoun,
+)
 from fastcircuit.tasks.task import SPLITS, Examples, Pair, Task
 
 __all__ = ["Examples", "Pair", "Task", "load_task", "names"]
 
 _DATA = Path(__file__).resolve().parent / "data"
-_BUILDERS = {"induction": (induction.build, induction.SIZES), "pronoun": (pronoun.build, pronoun.SIZES)}
+_BUILDERS = {
+    "induction": (induction.build, induction.SIZES),
+    "pronoun": (pronoun.build, pronoun.SIZES),
+    **ioi.BUILDERS,
+    **greater_than.BUILDERS,
+    **gendered_pronoun.BUILDERS,
+    **boolean.BUILDERS,
+    **acronyms.BUILDERS,
+    **docstring.BUILDERS,
+}
 _FILES = {"pronoun-212": (_DATA / "pronoun_212.jsonl", "Say She or He by the name: 212 pairs written by hand.")}
 
 
@@ -34,10 +54,10 @@ def load_task(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> Task:
-    """A shipped task by name, or the pairs of a JSONL file, tokenized with ``tokenizer``.
+    """A shipped task by name, or the pairs of a JSONL or CSV file, tokenized with ``tokenizer``.
 
     Args:
-        name_or_path: one of :func:`names`, or a file (see ``jsonl.py`` for its format).
+        name_or_path: one of :func:`names`, or a file (``jsonl.py`` and, for ``.csv``, ``csv_pairs.py`` say its format).
         tokenizer: a fast Hugging Face tokenizer, the model's own.
         seed: decides what is generated and how it is split. The same seed gives the same task.
         sizes: pairs per split, in place of the task's own, e.g. ``{"train": 64}``; a file gives at most as many.
@@ -55,8 +75,10 @@ def load_task(
         return jsonl.build(path, tokenizer, seed, sizes, name, description)
     path = Path(name)
     if not path.exists():
-        raise InputError(f"no task and no file {name!r}; tasks: {', '.join(names())}; or give a JSONL file of pairs")
-    return jsonl.build(path, tokenizer, seed, sizes, path.stem, f"Pairs from {path.name}.")
+        known = ", ".join(names())
+        raise InputError(f"no task and no file {name!r}; tasks: {known}; or give a JSONL or CSV file of pairs")
+    build_file = csv_pairs.build if path.suffix.lower() == ".csv" else jsonl.build
+    return build_file(path, tokenizer, seed, sizes, path.stem, f"Pairs from {path.name}.")
 
 
 def _checked(sizes: Mapping[str, int]) -> Mapping[str, int]:

@@ -8,14 +8,14 @@ split, the rows are shuffled with the seed and dealt 60 % to train, 20 % to vali
 """
 
 import json
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastcircuit.errors import InputError
+from fastcircuit.tasks.pairs_file import read_bytes, split_pairs
 from fastcircuit.tasks.spans import encode_pair
-from fastcircuit.tasks.task import SPLITS, Examples, Pair, Task
+from fastcircuit.tasks.task import SPLITS, Pair, Task
 
 _REQUIRED = ("clean", "corrupted")
 _KNOWN = (*_REQUIRED, "distractor", "split")
@@ -27,24 +27,19 @@ def build(path: Path, tokenizer: Any, seed: int, sizes: Mapping[str, int], name:
     Raises:
         InputError: one line that names the file, the line and the mend.
     """
-    rows = read_rows(path)
-    pairs = [
-        (row.get("split"), encode_pair(tokenizer, row["clean"], row["corrupted"], where, _distractors(row)))
-        for where, row in rows
-    ]
-    by_split = _given_splits(pairs) if any(split for split, _ in pairs) else _dealt_splits(pairs, path, seed)
-    splits = {split: Examples.from_pairs(by_split[split][: sizes.get(split)]) for split in SPLITS if by_split[split]}
-    return Task(name, splits, None, description)
+    pairs = [(row.get("split"), pair(row, where, tokenizer)) for where, row in read_rows(path)]
+    return Task(name, split_pairs(pairs, path, seed, sizes), None, description)
+
+
+def pair(row: Mapping[str, Any], where: str, tokenizer: Any) -> Pair:
+    """A checked row as token ids."""
+    return encode_pair(tokenizer, row["clean"], row["corrupted"], where, _distractors(row))
 
 
 def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The objects of the file with "path line n" for each; blank lines, a BOM and CRLF are fine."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}; give a JSONL file of pairs") from None
     rows = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path, "a JSONL file of pairs").split(b"\n"), start=1):
         if line.strip():
             where = f"{path} line {number}"
             rows.append((where, _parse_row(line, where)))
@@ -88,23 +83,3 @@ def _kind(value: Any) -> str:
 def _distractors(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     given = row.get("distractor")
     return None if given is None else (given,) if isinstance(given, str) else tuple(given)
-
-
-def _given_splits(pairs: list[tuple[str | None, Pair]]) -> dict[str, list[Pair]]:
-    for split, pair in pairs:
-        if split is None:
-            raise InputError(f'{pair.where}: "split" is missing though other lines have it; give it to all or to none')
-    return {name: [pair for split, pair in pairs if split == name] for name in SPLITS}
-
-
-def _dealt_splits(pairs: list[tuple[str | None, Pair]], path: Path, seed: int) -> dict[str, list[Pair]]:
-    """60/20/20, at least one pair each."""
-    if len(pairs) < len(SPLITS):
-        raise InputError(
-            f'{path} has {len(pairs)} pair(s), too few to deal into {", ".join(SPLITS)}; add pairs or a "split" to each'
-        )
-    shuffled = [pair for _, pair in pairs]
-    random.Random(seed).shuffle(shuffled)
-    held_out = max(1, len(pairs) // 5)
-    train = len(pairs) - 2 * held_out
-    return dict(zip(SPLITS, (shuffled[:train], shuffled[train:-held_out], shuffled[-held_out:]), strict=True))

@@ -100,18 +100,23 @@ class Examples:
             raise InputError(f"{name} is empty; give it at least one pair")
         for pair in pairs:
             pair.check(vocab_size)
-        rows, width = len(pairs), max(len(pair.clean) for pair in pairs)
-        ids, corrupted = torch.zeros(2, rows, width, dtype=torch.int64)
-        answers, distractors = torch.full((2, rows, width), NOTHING)
-        attended, asked = torch.zeros(2, rows, width, dtype=torch.bool)
-        for row, pair in enumerate(pairs):
-            length, positions = len(pair.clean), list(pair.positions)
-            ids[row, :length] = torch.tensor(pair.clean)
-            corrupted[row, :length] = torch.tensor(pair.corrupted)
-            attended[row, :length] = True
-            asked[row, positions] = True
-            answers[row, positions] = torch.tensor(pair.answers)
-            distractors[row, positions] = torch.tensor(pair.distractors)
+        width = max(len(pair.clean) for pair in pairs)
+        ids, corrupted = (
+            torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in column])
+            for column in ([pair.clean for pair in pairs], [pair.corrupted for pair in pairs])
+        )
+        lengths = torch.tensor([len(pair.clean) for pair in pairs])
+        attended = torch.arange(width) < lengths[:, None]
+        row = torch.repeat_interleave(torch.tensor([len(pair.positions) for pair in pairs]))
+        position, right, wrong = (
+            torch.tensor([value for pair in pairs for value in getattr(pair, name)])
+            for name in ("positions", "answers", "distractors")
+        )
+        asked = torch.zeros_like(attended)
+        answers, distractors = torch.full((2, *ids.shape), NOTHING)
+        asked[row, position] = True
+        answers[row, position] = right
+        distractors[row, position] = wrong
         return cls(ids, corrupted, attended, asked, answers, distractors)
 
     @classmethod
@@ -148,12 +153,32 @@ class Task:
         splits: "train", "validation", "test" (some files have fewer).
         answer_tokens: the answers among which KL and metrics compare; None compares over the full vocabulary.
         description: one sentence.
+        ordered: the answer tokens have an order, and right are those after the distractor (numbers greater than the
+            one in the prompt), wrong the distractor and those before it. See :meth:`right_answers`.
     """
 
     name: str
     splits: Mapping[str, Examples]
     answer_tokens: tuple[int, ...] | None
     description: str
+    ordered: bool = False
+
+    def right_answers(self, answers: Tensor, distractors: Tensor) -> Tensor:
+        """Which of the A answer tokens are right, bool ``[N, A]``, of ``[N]`` answers and distractors.
+
+        The answer alone, or in an ordered task every token after the distractor: then ``sum_A p (2 right - 1)`` is the
+        probability difference of Hanna et al. 2023.
+
+        Raises:
+            InputError: the task has no answer tokens; compare over the full vocabulary instead.
+        """
+        if self.answer_tokens is None:
+            raise InputError(f"task {self.name} names no answer tokens; its answers are right alone")
+        tokens = torch.tensor(self.answer_tokens, device=answers.device)
+        if not self.ordered:
+            return answers[:, None] == tokens
+        boundary = (distractors[:, None] == tokens).int().argmax(1)
+        return torch.arange(len(tokens), device=answers.device) > boundary[:, None]
 
     def split(self, name: str) -> Examples:
         """The examples of one split.

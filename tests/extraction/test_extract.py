@@ -1,5 +1,7 @@
 """``extract``: from a model and a task to a saved submodel."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastcircuit import Circuit, extract, load_task
 from fastcircuit.discovery.rounding import top_circuit
-from fastcircuit.errors import InputError, RunError
+from fastcircuit.errors import InputError
 from fastcircuit.extraction.extract import answer_tokens_of, kept_by, run_extraction
 from fastcircuit.masks import Masks
 from fastcircuit.models.loading import load_model, load_tokenizer
-from fastcircuit.submodel import speed
 
 SHIPPED = {"stories260K": "pronoun", "induction-gpt2": "induction"}
 
@@ -106,24 +107,34 @@ def test_answers_only(shipped):
     torch.testing.assert_close(submodel(examples.input_ids[:, :4]).logits, whole[..., list(tokens)])
 
 
-def test_speed_rows_and_an_impossible_speed_up(shipped, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"threshold": 0.01}, "--threshold"),
+        ({"kl_budget": 0.1, "size_budget": 0.5}, "--kl-budget, --size-budget"),
+        ({"include_mlps": False}, "--no-mlps"),
+    ],
+)
+def test_a_circuit_leaves_nothing_to_search(shipped, options, named):
     model, task, _ = shipped
-    submodel = extract(model, task)
-    rows = speed.measure_speed(model.model, submodel, tokens=16, batches=(1, 2), rounds=3)
-    assert [(row.phase, row.batch) for row in rows] == [("prefill", 1), ("decode", 1), ("prefill", 2), ("decode", 2)]
-    for row in rows:
-        assert row.bound >= 1
-        assert row.speedup == pytest.approx(row.original_ms / row.submodel_ms)
-    monkeypatch.setattr(speed, "NOISE", 1e9)
-    speed.check_bounds(rows)
-    monkeypatch.setattr(speed, "NOISE", -1.0)
-    with pytest.raises(RunError, match="is above its bound"):
-        speed.check_bounds(rows)
+    with pytest.raises(InputError, match=f"^{named}: with --circuit the circuit says what is kept"):
+        run_extraction(model, task, circuit=Circuit.full(model.graph), **options)
 
 
-def test_work_counts_products_exactly():
-    linear = torch.nn.Linear(7, 5, bias=False)
-    x = torch.randn(3, 7)
-    with torch.no_grad():
-        work = speed.work_of(lambda: linear(x))
-    assert work == speed.Work(flops=2 * 3 * 7 * 5, bytes=4 * (3 * 7 + 7 * 5 + 3 * 5), operations=1)
+def test_answers_of_a_task_that_names_none_cannot_be_compared_with_a_circuit(shipped):
+    model, task, _ = shipped
+    circuit = Circuit.full(model.graph)
+    nameless = dataclasses.replace(task, answer_tokens=None, splits={})  # nothing to do any work on
+    with pytest.raises(InputError, match=r"names no answer tokens.*leave out --answers-only"):
+        run_extraction(model, nameless, circuit=circuit, answers_only=True)
+
+
+def test_means_per_position_of_a_circuit_need_test_prompts_as_long():
+    model, task = load_model("stories260K"), load_task("pronoun", load_tokenizer("stories260K"))
+    splits = {}
+    for name, length in (("train", 12), ("test", 13)):
+        examples = task.split(name)
+        splits[name] = examples.select(examples.attention_mask.sum(1) == length)
+    uneven = dataclasses.replace(task, splits=splits)
+    with pytest.raises(InputError, match="these have 12 to 13 tokens"):
+        run_extraction(model, uneven, circuit=Circuit.full(model.graph), ablation="mean-positional")

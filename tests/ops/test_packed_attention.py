@@ -127,8 +127,54 @@ def test_bad_calls_are_named():
         packed_attention(query, key[:, 1:], value, starts, scale=1.0)
     with pytest.raises(InputError, match="differ"):
         packed_attention(query, key.double(), value, starts, scale=1.0)
-    with pytest.raises(InputError, match="ascending int64 from 0 to 63"):
+    with pytest.raises(InputError, match="ascending int64 from 0 to 63 on the CPU"):
         packed_attention(query, key, value, starts - 1, scale=1.0)
     half = [tensor.half() for tensor in (query, key, value)]
     with pytest.raises(InputError, match="kernels have float32"):
         packed_attention(*half, starts, scale=1.0, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("kv_of_head", "message"),
+    [
+        (torch.tensor([0, 0, 1, 2]), "kv_of_head holds 2; accepted: 0 to 1"),
+        (torch.tensor([0, -1, 1, 1]), "kv_of_head holds -1; accepted: 0 to 1"),
+        (torch.tensor([0, 0, 1]), r"kv_of_head is torch.int64 \[3\] on cpu; accepted: int64 \[4\] on the CPU"),
+        (torch.tensor([[0, 0, 1, 1]]), r"kv_of_head is torch.int64 \[1, 4\]"),
+        (torch.tensor([0, 0, 1, 1], dtype=torch.int32), "kv_of_head is torch.int32"),
+        (torch.tensor([0, 0, 1, 1], device="meta"), r"kv_of_head is torch.int64 \[4\] on meta"),
+    ],
+)
+def test_kv_heads_that_are_none_are_refused(backend, kv_of_head, message):
+    query, key, value, starts, _, _ = _operands((4, 2, 8, 0), torch.float32)
+    with pytest.raises(InputError, match=message):
+        packed_attention(query, key, value, starts, scale=1.0, kv_of_head=kv_of_head, backend=backend)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_heads_that_make_no_equal_groups_are_refused(kv_heads):
+    query, key, value, starts, _, _ = _operands((5, kv_heads, 8, 0), torch.float32)
+    with pytest.raises(InputError, match=f"5 heads do not divide into {kv_heads} equal groups; give kv_of_head"):
+        packed_attention(query, key, value, starts, scale=1.0)
+
+
+def test_rotary_tables_and_windows_that_do_not_fit_are_refused():
+    query, key, value, starts, (cos, sin), _ = _operands((4, 2, 8, 8), torch.float32)
+    for tables in ((cos[1:], sin[1:]), (cos, sin[:, 2:]), (cos[:, 1:], sin[:, 1:]), (cos.repeat(1, 2),) * 2):
+        with pytest.raises(InputError, match=r"rotary tables have shapes .* d_rotary even and at most 8"):
+            packed_attention(query, key, value, starts, scale=1.0, rotary=tables)
+    with pytest.raises(InputError, match="window is 0; accepted: at least 1"):
+        packed_attention(query, key, value, starts, scale=1.0, window=0)
+
+
+def test_groups_are_made_on_the_cpu_and_may_be_differentiated():
+    """Whatever the default device and mode of the call that made them first."""
+    operands = _operands((6, 3, 4, 0), torch.float32)
+    with torch.inference_mode(), torch.device("meta"):
+        packed_attention(*operands[:4], scale=0.3)
+    for ours, given in zip(
+        _run(*operands, backend="reference"),
+        _run(*operands, kv_of_head=torch.arange(6) // 2, backend="reference"),
+        strict=True,
+    ):
+        assert torch.equal(ours, given)

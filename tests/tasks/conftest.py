@@ -1,5 +1,6 @@
-"""Tokenizers to read tasks with: the two shipped ones, and a byte-level BPE cut from GPT-2's."""
+"""Tokenizers to read tasks with: the two shipped ones, and GPT-2's (OpenAI, modified MIT licence)."""
 
+import lzma
 from pathlib import Path
 
 import pytest
@@ -30,15 +31,16 @@ def letters():
 
 @pytest.fixture(scope="session")
 def gpt2():
-    """GPT-2's BPE with its first 8000 merges; the ids are GPT-2's. No token is added in front."""
-    lines = (DATA / "gpt2_first_8000_merges.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    merges = [tuple(line.split(" ")) for line in lines]
-    tokens = byte_characters() + ["".join(pair) for pair in merges]
+    """GPT-2's byte-level BPE, whole; no token is added in front. Its vocabulary follows from its merges."""
+    lines = lzma.decompress((DATA / "gpt2_vocab.bpe.xz").read_bytes()).decode().splitlines()[1:]
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    tokens = [*byte_characters(), *("".join(pair) for pair in merges), "<|endoftext|>"]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, **special)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from fastcircuit.errors import InputError
 from fastcircuit.tasks import load_task
 
-GOOD = {"clean": "Lily was sad.<predict> She</predict>", "corrupted": "Tim was sad.<predict> He</predict>"}
+GOOD = {"clean": "Mary was sad.<predict> She</predict>", "corrupted": "Tom was sad.<predict> He</predict>"}
 
 
 def write(path, rows):
@@ -74,8 +74,8 @@ def test_distractor_as_text_or_list(file, gpt2):
         (GOOD | {"distractor": [3]}, 'line 2: "distractor" is a list'),
         (GOOD | {"answer": "x"}, "line 2: unknown key 'answer'; known: clean, corrupted, distractor, split"),
         (GOOD, 'line 2: "split" is missing though other lines have it'),
-        (GOOD | {"clean": "Lily", "split": "test"}, 'line 2: "clean" has no <predict>'),
-        (GOOD | {"corrupted": "Tim was not sad.", "split": "test"}, "line 2: the clean prompt has [0-9]+ tokens"),
+        (GOOD | {"clean": "Mary", "split": "test"}, 'line 2: "clean" has no <predict>'),
+        (GOOD | {"corrupted": "Tom was not sad.", "split": "test"}, "line 2: the clean prompt has [0-9]+ tokens"),
     ],
 )
 def test_wrong_rows(file, gpt2, row, message):

@@ -1,0 +1,88 @@
+"""``fastcircuit discover``."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastcircuit.cli.console import print_json, stderr, stdout
+from fastcircuit.cli.options import (
+    AsJson,
+    DataFile,
+    Device,
+    Dtype,
+    EmbeddingNodes,
+    InDtype,
+    Model,
+    Nodes,
+    OnDevice,
+    Seed,
+    TaskName,
+)
+from fastcircuit.cli.sources import check_source, load_model, load_task
+
+
+def discover(
+    model: Model,
+    task: TaskName = None,
+    data: DataFile = None,
+    method: Annotated[str, typer.Option(help="How to find the circuit: edge-pruning.")] = "edge-pruning",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of edges to remove, in [0, 1). Default 0.95.", show_default=False)
+    ] = None,
+    edges: Annotated[int | None, typer.Option(help="Number of edges to keep, instead of --sparsity.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Published hyperparameters of an experiment, e.g. ioi.")] = None,
+    upstream_compat: Annotated[
+        bool, typer.Option("--upstream-compat", help="Reproduce the published code's numerics, quirks included.")
+    ] = False,
+    ablation: Annotated[
+        str | None, typer.Option(help="What a removed edge carries: interchange, mean or zero.")
+    ] = None,
+    embedding_nodes: Nodes = EmbeddingNodes.split,
+    seed: Seed = 0,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.float32,
+    out: Annotated[Path | None, typer.Option(help="Directory to write to. Default runs/MODEL-TASK.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up the interrupted run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log to --out/tensorboard.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the edges of MODEL that carry a task; writes circuit.json and masks.safetensors."""
+    from fastcircuit.discovery import preset as preset_settings
+    from fastcircuit.discovery.run import Run
+    from fastcircuit.discovery.settings import Settings
+    from fastcircuit.files import check_writable
+    from fastcircuit.report.progress import watch
+    from fastcircuit.report.tables import metrics_table
+
+    given = {"steps": steps, "batch_size": batch_size, "ablation": ablation, "seed": seed}
+    if upstream_compat:
+        given["upstream_compat"] = True
+    changes = {name: value for name, value in given.items() if value is not None}
+    settings = (preset_settings(preset) if preset else Settings()).changed(changes)
+    check_source(task, data)
+    where = out or Path("runs") / f"{Path(model).name}-{data.stem if data else task}"
+    run = Run(where, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
+    check_writable(where)
+    masked = load_model(model, device, dtype, embedding_nodes)
+    pairs = load_task(model, masked, task, data, seed)
+    started = time.perf_counter()
+    with watch(stderr) as watcher:
+        circuit = run.discover(masked, pairs, method, settings, sparsity, edges, watcher.on_report, watcher.on_round)
+    result = {
+        "edges": circuit.num_edges,
+        "total_edges": circuit.graph.num_edges,
+        "sparsity": circuit.sparsity,
+        **circuit.metrics,
+        "seconds": time.perf_counter() - started,
+    }
+    files = [str(path) for path in run.files]
+    if as_json:
+        print_json({"discover": result, "files": files})
+    else:
+        stdout.print(metrics_table(circuit))
+        stdout.print("wrote " + ", ".join(files), soft_wrap=True)

@@ -1,0 +1,37 @@
+"""The model and the task that a command is about."""
+
+from pathlib import Path
+from typing import Any
+
+from fastcircuit.cli.options import Device, Dtype, EmbeddingNodes
+from fastcircuit.errors import InputError
+
+
+def load_model(name: str, device: Device, dtype: Dtype, embedding_nodes: EmbeddingNodes) -> Any:
+    """The masked model of that name (see :func:`fastcircuit.models.loading.load_model`)."""
+    from fastcircuit.models import loading
+
+    return loading.load_model(name, device.value, dtype.value, embedding_nodes.value)
+
+
+def check_source(task: str | None, data: Path | None) -> None:
+    """InputError unless there is one task or one file; before a model is loaded."""
+    from fastcircuit.tasks import names
+
+    known = ", ".join(names())
+    if (task is None) == (data is None):
+        raise InputError(f"say what to explain: --task NAME ({known}) or --data PAIRS.jsonl, one of them")
+    if task is not None and task not in names():
+        raise InputError(f"no task {task!r}; tasks: {known}; or give a file of your own with --data PAIRS.jsonl")
+    if data is not None and not data.is_file():
+        raise InputError(f"data file {data} does not exist" if not data.exists() else f"data file {data} is no file")
+
+
+def load_task(model: str, masked: Any, task: str | None, data: Path | None, seed: int) -> Any:
+    """The task by name or from a file, in the tokens of ``model``, and known to the vocabulary of ``masked``."""
+    from fastcircuit import tasks
+    from fastcircuit.models.loading import load_tokenizer
+
+    pairs = tasks.load_task(task or f"{data}", load_tokenizer(model), seed=seed)
+    pairs.check_vocabulary(masked.config.vocab_size)
+    return pairs

@@ -1,0 +1,151 @@
+"""``fastcircuit discover``: what it writes, and how it stops and goes on.
+
+The interrupted run is a process of its own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastcircuit
+from fastcircuit.circuit import Circuit
+from tests.cli.calls import QUICK
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_discover_writes_what_it_says(shelf, run, name):
+    code, out, err = run("discover", shelf / name, "--data", shelf / "pairs.jsonl", *QUICK, "--json")
+    assert code == 0, err
+    assert out.count("\n") == 1
+    found = json.loads(out)
+    assert found["files"] == [f"runs/{name}-pairs/circuit.json", f"runs/{name}-pairs/masks.safetensors"]
+    assert sorted(map(str, Path("runs").rglob("*.*"))) == found["files"]
+    circuit = Circuit.load(found["files"][0])
+    assert circuit.num_edges == found["discover"]["edges"] == 40
+    assert circuit.graph.num_edges == found["discover"]["total_edges"]
+    assert circuit.metrics["test"] == found["discover"]["test"]
+    assert set(found["discover"]) == {"edges", "total_edges", "sparsity", "test", "seconds"}
+    lines = [line.split()[:2] for line in err.splitlines()]
+    assert [line for line in lines if line[0] == "discover"] == [["discover", "10/12"], ["discover", "12/12"]]
+    assert {line[0] for line in lines} >= {"discover", "eliminate", "swap"}
+
+
+def test_discover_prints_a_table(shelf, run):
+    code, out, _ = run("discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--out", "run")
+    assert code == 0
+    assert "40 of " in out
+    assert "logit difference" in out
+    assert "wrote run/circuit.json, run/masks.safetensors" in out
+
+
+def test_a_finished_run_is_replaced_only_when_asked(shelf, finished, run):
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--seed", "1", "--out", "run"]
+    Path("run").mkdir()
+    (Path("run") / "circuit.json").write_bytes((finished / "circuit.json").read_bytes())
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err == "error: run holds a finished run; choose another --out, or --overwrite to replace it\n"
+    assert (Path("run") / "circuit.json").read_bytes() == (finished / "circuit.json").read_bytes()
+    assert run(*arguments, "--overwrite")[0] == 0
+    assert Circuit.load("run/circuit.json").provenance["settings"]["seed"] == 1
+
+
+def test_an_interrupted_run_resumes_to_what_the_uninterrupted_one_finds(shelf, run):
+    arguments = [
+        "discover",
+        str(shelf / "gpt2"),
+        "--data",
+        str(shelf / "pairs.jsonl"),
+        "--edges",
+        "40",
+        "--steps",
+        "200",
+    ]
+    arguments += ["--batch-size", "4"]
+    path = os.pathsep.join([str(Path(fastcircuit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "fastcircuit", *arguments, "--out", "stopped", "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert first.startswith("discover 20/200  KL ")
+    assert (process.returncode, out) == (1, "")
+    assert "error: interrupted after step" in err.splitlines()[-1]
+    assert "resume from stopped/checkpoint.safetensors" in err.splitlines()[-1]
+    assert os.listdir("stopped") == ["checkpoint.safetensors"]
+
+    code, _, err = run(*arguments, "--out", "stopped")
+    assert code == 2
+    assert "holds an interrupted run" in err
+    assert run(*arguments, "--out", "stopped", "--resume")[0] == 0
+    assert run(*arguments, "--out", "whole")[0] == 0
+    assert sorted(os.listdir("stopped")) == ["circuit.json", "masks.safetensors"]
+    assert Path("stopped/circuit.json").read_bytes() == Path("whole/circuit.json").read_bytes()
+    stopped, whole = load_file("stopped/masks.safetensors"), load_file("whole/masks.safetensors")
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+
+
+BAD_CALLS = {
+    # what: the command, exit code 2; what the line says
+    "method": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --method magic", "no method 'magic'"),
+    "preset": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --preset magic", "no preset 'magic'; presets are ioi"),
+    "steps": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --steps 0", "steps is 0; it must be at least 1"),
+    "sparsity": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --sparsity 1.5", "sparsity is 1.5; it must be in"),
+    "no sparsity": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --sparsity -0.1", "sparsity is -0.1"),
+    "edges": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --edges 9999", "9999"),
+    "both": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --edges 9 --sparsity 0.9", "not both"),
+    "out in a file": ("discover {shelf}/gpt2 --task pronoun --out {shelf}/pairs.jsonl/run", "Not a directory"),
+    "out is a file": ("discover {shelf}/gpt2 --task pronoun --out {shelf}/pairs.jsonl", "is a file; name a directory"),
+    "nothing to resume": (
+        "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --out new --resume",
+        "no checkpoint new/checkpoint.safetensors to resume from",
+    ),
+    "resume, overwrite": ("discover {shelf}/gpt2 --task pronoun --resume --overwrite", "contradict each other"),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_input_is_one_line_and_writes_nothing(refuses, command, message):
+    refuses(command, message)
+
+
+def test_a_damaged_checkpoint_is_refused(refuses):
+    Path("run").mkdir()
+    Path("run/checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage")
+    refuses(
+        "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --out run --resume",
+        "checkpoint run/checkpoint.safetensors is damaged",
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device(refuses):
+    refuses("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --device cuda", "device cuda is not available here")
+
+
+def test_a_full_disk_leaves_nothing_half_written(shelf, run, full_disk):
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--out", full_disk / "run"]
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert "No space left on device" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith(f"error: cannot write {full_disk}/run/checkpoint.safetensors: ")
+    assert [path for path in full_disk.rglob("*") if path.is_file()] == []
+
+
+def test_a_directory_that_may_not_be_written_is_refused_at_once(refuses):
+    Path("locked").mkdir(mode=0o500)
+    if os.access("locked", os.W_OK):
+        pytest.skip("the superuser may write anywhere")
+    refuses(
+        "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --out locked/run",
+        "cannot write into locked/run: Permission denied",
+    )
