@@ -8,6 +8,7 @@ import typer
 from fastcircuit.cli import bench
 from fastcircuit.cli.compare import compare
 from fastcircuit.cli.console import stderr
+from fastcircuit.cli.convert import convert
 from fastcircuit.cli.demo import demo
 from fastcircuit.cli.discover import discover
 from fastcircuit.cli.draw import draw
@@ -17,7 +18,7 @@ from fastcircuit.cli.info import info
 from fastcircuit.cli.serve import serve
 from fastcircuit.errors import InputError, RunError
 
-COMMANDS = (info, discover, evaluate, compare, extract, draw, demo, serve)  # in the order of the help
+COMMANDS = (info, discover, evaluate, compare, convert, extract, draw, demo, serve)  # in the order of the help
 
 app = typer.Typer(
     help="Find circuits in transformers, and extract them as smaller models.",
