@@ -24,7 +24,7 @@ from fastcircuit.cli.sources import check_source, load_model, load_task
 
 def evaluate(
     model: Model,
-    circuit: Annotated[Path, typer.Argument(help="A circuit.json, or a file of another tool (see `fastcircuit convert`).")],
+    circuit: Annotated[Path, typer.Argument(help="circuit.json, or another tool's (see `convert`).")],
     task: TaskName = None,
     data: DataFile = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
@@ -47,7 +47,7 @@ def evaluate(
     check_source(task, data)
     nodes = embedding_nodes or EmbeddingNodes(loaded.graph.embedding_nodes if loaded else "split")
     masked = load_model(model, device, dtype, nodes)
-    kept = Circuit.load(circuit, masked.graph)
+    kept = loaded or Circuit.load(circuit, masked.graph)
     pairs = load_task(model, masked, task, data, seed)
     metrics = measure(masked, kept, pairs, split)
     if as_json:
