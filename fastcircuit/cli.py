@@ -123,6 +123,9 @@ def discover(
         float | None, typer.Option(help="Fraction of edges to remove, in [0, 1). Default 0.95.", show_default=False)
     ] = None,
     edges: Annotated[int | None, typer.Option(help="Number of edges to keep, instead of --sparsity.")] = None,
+    kl_budget: Annotated[
+        float | None, typer.Option(help="Keep the fewest edges found within this training KL, in nats, instead.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published hyperparameters of an experiment, e.g. ioi.")] = None,
@@ -163,7 +166,9 @@ def discover(
     pairs = _load_task(model, masked, task, data, seed)
     started = time.perf_counter()
     with watch(stderr) as watcher:
-        circuit = run.discover(masked, pairs, method, settings, sparsity, edges, watcher.on_report, watcher.on_round)
+        circuit = run.discover(
+            masked, pairs, method, settings, sparsity, edges, kl_budget, watcher.on_report, watcher.on_round
+        )
     result = {
         "edges": circuit.num_edges,
         "total_edges": circuit.graph.num_edges,

@@ -64,6 +64,7 @@ def discover(
     *,
     sparsity: float | None = None,
     edges: int | None = None,
+    kl_budget: float | None = None,
     settings: Settings | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -78,6 +79,8 @@ def discover(
         sparsity: fraction of edges to remove; the circuit keeps exactly ``round((1 - sparsity) * num_edges)``.
         edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat``, whatever
             the run arrives at.
+        kl_budget: keep as few edges as are found to hold the training KL within this many nats, instead: the surest
+            ones that do, less, one by one, all that are not needed (see ``refine.py``). The run aims at 0.95.
         settings: hyperparameters; ``changes`` are changes to them (``steps=500``).
         checkpoint: file that is written during the run; with ``resume`` the run is taken up from it.
         on_report: called every few steps with a :class:`Report`.
@@ -91,7 +94,7 @@ def discover(
     if method not in METHODS:
         raise InputError(f"no method {method!r}; methods are {', '.join(METHODS)}")
     settings = (settings or Settings()).changed(changes)
-    num_edges = _edges_wanted(model, settings, sparsity, edges)
+    num_edges = _edges_wanted(model, settings, sparsity, edges, kl_budget)
     train = task.split("train")
     reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
     run = EdgePruning(
@@ -106,12 +109,20 @@ def discover(
             raise InputError("resume needs the checkpoint to resume from")
         run.resume(path)
     run.run(path, on_report=on_report)
-    return _finish(run, task, num_edges, on_round)
+    return _finish(run, task, num_edges, kl_budget, on_round)
 
 
-def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None) -> int | None:
-    if sparsity is not None and edges is not None:
-        raise InputError("give sparsity or edges, not both")
+def _edges_wanted(
+    model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None, kl_budget: float | None
+) -> int | None:
+    if sum(given is not None for given in (sparsity, edges, kl_budget)) > 1:
+        raise InputError("give one of sparsity, edges and kl_budget, not both or all three")
+    if kl_budget is not None:
+        if not 0 < kl_budget < float("inf"):
+            raise InputError(f"kl_budget is {kl_budget}; it must be above 0, a number of nats")
+        if settings.upstream_compat:
+            raise InputError("kl_budget is not part of the published method; leave it out, or upstream_compat")
+        sparsity = DEFAULT_SPARSITY
     if edges is not None:
         return check_num_edges(model.graph, edges)
     if sparsity is None:
@@ -136,10 +147,31 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
     return refiner.swap(best, settings.refine_swaps)
 
 
-def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:
+def _fewest_within(run: EdgePruning, kl_budget: float, on_round: OnRound | None) -> Circuit:
+    """The fewest of the surest edges that hold the training KL within the budget, less those that are not needed."""
+    graph, ablation, scores = run.model.graph, run.settings.ablation, run.parameters.scores()
+    refiner = Refiner(run.reference, on_round=on_round)
+
+    def circuit(num_edges: int) -> Circuit:
+        return top_circuit(graph, scores, num_edges, ablation)
+
+    low, high = 0, 1
+    while high < graph.num_edges and refiner.kl(circuit(high)) > kl_budget:
+        low, high = high, min(2 * high, graph.num_edges)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if refiner.kl(circuit(middle)) <= kl_budget else (middle, high)
+    return refiner.eliminate_within(circuit(high), kl_budget)
+
+
+def _finish(
+    run: EdgePruning, task: Task, num_edges: int | None, kl_budget: float | None, on_round: OnRound | None
+) -> Discovery:
     settings, parameters = run.settings, run.parameters
     if settings.upstream_compat:
-        circuit = upstream.published_circuit(parameters, num_edges)
+        circuit = upstream.published_circuit(parameters, num_edges, run.model.config.model_type)
+    elif kl_budget is not None:
+        circuit = _fewest_within(run, kl_budget, on_round)
     else:
         assert num_edges is not None
         circuit = _best_of_size(run, num_edges, on_round)
@@ -150,6 +182,7 @@ def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRou
         provenance={
             "method": "edge-pruning",
             "settings": settings.to_dict(),
+            **({} if kl_budget is None else {"kl_budget": kl_budget}),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         },
     )

@@ -37,7 +37,6 @@ PRESETS: dict[str, Settings] = {
         learning_rate_warmup=1500,
         sparsity_warmup=5900,
         edge_target=1.02,
-        silent_node_target=0.1,
         linear_term=False,
         ablation="zero",
     ),

@@ -62,6 +62,7 @@ class Run:
         settings: Settings,
         sparsity: float | None = None,
         edges: int | None = None,
+        kl_budget: float | None = None,
         on_report: OnReport | None = None,
         on_round: OnRound | None = None,
     ) -> Circuit:
@@ -73,6 +74,7 @@ class Run:
                 method,
                 sparsity=sparsity,
                 edges=edges,
+                kl_budget=kl_budget,
                 settings=settings,
                 checkpoint=self.checkpoint,
                 resume=self.resume,

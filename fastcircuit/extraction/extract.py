@@ -24,6 +24,7 @@ from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.submodel.card import CardFacts, model_card
 from fastcircuit.submodel.compile import compile_submodel
 from fastcircuit.submodel.kept import Constants, Kept
+from fastcircuit.submodel.lowering import check_lowers
 from fastcircuit.submodel.modeling_circuit import CircuitForCausalLM
 from fastcircuit.submodel.saving import save_submodel
 from fastcircuit.submodel.sizes import Size, size_of
@@ -116,6 +117,7 @@ def run_extraction(
         InputError: bad arguments, a task or circuit that does not fit the model, or nothing left.
     """
     model = model if isinstance(model, MaskedCausalLM) else MaskedCausalLM(model)
+    check_lowers(model.config)
     chosen: dict[str, Any] = {
         "threshold": threshold,
         "kl_budget": kl_budget,
