@@ -147,6 +147,14 @@ def test_discover_prints_a_table(shelf, run):
     assert "wrote run/circuit.json, run/masks.safetensors" in out
 
 
+def test_discover_within_a_budget_says_how_many_edges_that_takes(answer):
+    program = ("tracr-xproportion", "--task", "tracr-xproportion", "--ablation", "zero", "--steps", "20")
+    found = answer("discover", *program, "--kl-budget", "0.01", "--out", "budget")["discover"]
+    assert found["edges"] == 7
+    assert found["test"]["kl"] < 1e-6
+    assert json.loads(Path("budget/circuit.json").read_text())["provenance"]["kl_budget"] == 0.01
+
+
 def test_a_finished_run_is_replaced_only_when_asked(shelf, finished, run):
     arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--seed", "1", "--out", "run"]
     Path("run").mkdir()
