@@ -148,7 +148,7 @@ def test_discover_prints_a_table(shelf, run):
 
 
 def test_discover_within_a_budget_says_how_many_edges_that_takes(answer):
-    program = ("tracr-xproportion", "--task", "tracr-xproportion", "--ablation", "zero", "--steps", "20")
+    program = ("tracr-xproportion", "--task", "tracr-xproportion", "--preset", "tracr", "--steps", "40")
     found = answer("discover", *program, "--kl-budget", "0.01", "--out", "budget")["discover"]
     assert found["edges"] == 7
     assert found["test"]["kl"] < 1e-6
