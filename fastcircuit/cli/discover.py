@@ -38,6 +38,9 @@ def discover(
         float | None, typer.Option(help="Fraction of edges to remove, in [0, 1). Default 0.95.", show_default=False)
     ] = None,
     edges: Annotated[int | None, typer.Option(help="Number of edges to keep, instead of --sparsity.")] = None,
+    kl_budget: Annotated[
+        float | None, typer.Option(help="Keep the fewest edges found within this training KL, in nats, instead.")
+    ] = None,
     nodes: Annotated[
         int | None, typer.Option(help="Attributions: number of writers to keep, with their edges.")
     ] = None,
@@ -94,6 +97,7 @@ def discover(
             settings,
             sparsity,
             edges,
+            kl_budget,
             watcher.on_report,
             watcher.on_round,
             watcher.on_progress,

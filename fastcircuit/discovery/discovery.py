@@ -69,6 +69,7 @@ def discover(
     *,
     sparsity: float | None = None,
     edges: int | None = None,
+    kl_budget: float | None = None,
     settings: Settings | BaselineSettings | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -86,6 +87,8 @@ def discover(
         edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat``, whatever
             the run arrives at.
             ACDC's circuit is as large as its threshold makes it.
+        kl_budget: keep as few edges as are found to hold the training KL within this many nats, instead: the surest
+            ones that do, less, one by one, all that are not needed (see ``refine.py``). The run aims at 0.95.
         settings: hyperparameters, :class:`BaselineSettings` for any method but Edge Pruning; ``changes`` are changes to
             them (``steps=500``, ``threshold=0.01``, ``nodes=20``).
         checkpoint: file that Edge Pruning writes during the run; with ``resume`` the run is taken up from it.
@@ -103,11 +106,13 @@ def discover(
     if method != "edge-pruning":
         if resume:
             raise InputError(f"method {method} has no checkpoint to resume; run it again")
+        if kl_budget is not None:
+            raise InputError(f"kl_budget is for edge-pruning; with {method} give edges, sparsity or a threshold")
         return _baseline(model, task, method, settings, changes, sparsity, edges, on_progress)
     if isinstance(settings, BaselineSettings):
         raise InputError("edge-pruning takes Settings, not BaselineSettings")
     settings = (settings or Settings()).changed(changes)
-    num_edges = _edges_wanted(model, settings, sparsity, edges)
+    num_edges = _edges_wanted(model, settings, sparsity, edges, kl_budget)
     ranking = None if resume else _warm_ranking(model, task, settings, on_progress)
     train = task.split("train")
     reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
@@ -124,7 +129,7 @@ def discover(
             raise InputError("resume needs the checkpoint to resume from")
         run.resume(path)
     run.run(path, on_report=on_report)
-    return _finish(run, task, num_edges, on_round)
+    return _finish(run, task, num_edges, kl_budget, on_round)
 
 
 def _warm_ranking(
@@ -166,9 +171,17 @@ def _described(
     return dataclasses.replace(circuit, model=model.about, task=task.name, provenance=provenance)
 
 
-def _edges_wanted(model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None) -> int | None:
-    if sparsity is not None and edges is not None:
-        raise InputError("give sparsity or edges, not both")
+def _edges_wanted(
+    model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None, kl_budget: float | None
+) -> int | None:
+    if sum(given is not None for given in (sparsity, edges, kl_budget)) > 1:
+        raise InputError("give one of sparsity, edges and kl_budget, not both or all three")
+    if kl_budget is not None:
+        if not 0 < kl_budget < float("inf"):
+            raise InputError(f"kl_budget is {kl_budget}; it must be above 0, a number of nats")
+        if settings.upstream_compat:
+            raise InputError("kl_budget is not part of the published method; leave it out, or upstream_compat")
+        sparsity = DEFAULT_SPARSITY
     if edges is not None:
         return check_num_edges(model.graph, edges)
     if sparsity is None:
@@ -193,13 +206,36 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
     return refiner.swap(best, settings.refine_swaps)
 
 
-def _finish(run: EdgePruning, task: Task, num_edges: int | None, on_round: OnRound | None) -> Discovery:
+def _fewest_within(run: EdgePruning, kl_budget: float, on_round: OnRound | None) -> Circuit:
+    """The fewest of the surest edges that hold the training KL within the budget, less those that are not needed."""
+    graph, ablation, scores = run.model.graph, run.settings.ablation, run.parameters.scores()
+    refiner = Refiner(run.reference, on_round=on_round)
+
+    def circuit(num_edges: int) -> Circuit:
+        return top_circuit(graph, scores, num_edges, ablation)
+
+    low, high = 0, 1
+    while high < graph.num_edges and refiner.kl(circuit(high)) > kl_budget:
+        low, high = high, min(2 * high, graph.num_edges)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if refiner.kl(circuit(middle)) <= kl_budget else (middle, high)
+    return refiner.eliminate_within(circuit(high), kl_budget)
+
+
+def _finish(
+    run: EdgePruning, task: Task, num_edges: int | None, kl_budget: float | None, on_round: OnRound | None
+) -> Discovery:
     settings, parameters = run.settings, run.parameters
     if settings.upstream_compat:
-        circuit = upstream.published_circuit(parameters, num_edges)
+        circuit = upstream.published_circuit(parameters, num_edges, run.model.config.model_type)
+    elif kl_budget is not None:
+        circuit = _fewest_within(run, kl_budget, on_round)
     else:
         assert num_edges is not None
         circuit = _best_of_size(run, num_edges, on_round)
     circuit = _described(circuit, run.model, task, "edge-pruning", settings)
+    if kl_budget is not None:
+        circuit = dataclasses.replace(circuit, provenance={**circuit.provenance, "kl_budget": kl_budget})
     masks = Masks(parameters.edge.detach().cpu(), parameters.node.detach().cpu())
     return Discovery(circuit, masks, torch.tensor(run.history, dtype=torch.float64))

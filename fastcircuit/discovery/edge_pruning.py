@@ -138,6 +138,8 @@ class EdgePruning:
             batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens, skip_zeros=True
         )
         log_probs = self.reference.restrict(self.model.unembed(read))
+        if self.settings.upstream_compat:
+            return upstream.divergence(self.model, batch, log_probs)
         return batch.answers.example_mean(kl_divergence(batch.answers.log_probs, log_probs), batch.size)
 
     def batch_indices(self, step: int) -> Tensor:

@@ -1,4 +1,9 @@
-"""The published hyperparameters (Edge Pruning, appendix B and the run scripts), by experiment."""
+"""The published hyperparameters (Edge Pruning, appendix B and the run scripts), by experiment; and ours for Tracr.
+
+A compiled program works until a mask is nearly 0 and then not at all, so its gradients vanish until it is too late for
+a fast run to turn back: ``tracr`` moves the log-alphas slowly, and its multipliers press an edge no harder than about
+0.04 nats. It is meant for a KL budget.
+"""
 
 from dataclasses import replace
 
@@ -28,6 +33,17 @@ PRESETS: dict[str, Settings] = {
     ),
     "greater-than": replace(_PUBLISHED, edge_target=0.985, silent_node_target=0.68),
     "gendered-pronoun": replace(_PUBLISHED, edge_target=0.985, silent_node_target=0.69),
+    "tracr": Settings(
+        steps=200,
+        learning_rate=0.2,
+        multiplier_learning_rate=0.012,
+        learning_rate_warmup=26,
+        sparsity_warmup=166,
+        edge_target=1.0,
+        node_masks=False,
+        initial_log_alpha=5.0,
+        ablation="zero",
+    ),
     "tracr-reverse": replace(
         _PUBLISHED,
         steps=6000,
@@ -37,7 +53,6 @@ PRESETS: dict[str, Settings] = {
         learning_rate_warmup=1500,
         sparsity_warmup=5900,
         edge_target=1.02,
-        silent_node_target=0.1,
         linear_term=False,
         ablation="zero",
     ),

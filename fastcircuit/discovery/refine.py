@@ -57,33 +57,45 @@ class Refiner:
         """Remove edges, the cheapest first, until ``num_edges`` are left; None when no removal ends at that number."""
         return self._eliminate(circuit, num_edges, "eliminate", 0, circuit.num_edges - num_edges)
 
-    def _eliminate(self, circuit: Circuit, num_edges: int, stage: str, done: int, most: int) -> Circuit | None:
+    def eliminate_within(self, circuit: Circuit, budget: float) -> Circuit:
+        """Remove edges, the cheapest first, while the KL stays within ``budget``: no one edge of the result can go."""
+        found = self._eliminate(circuit, 0, "eliminate", 0, circuit.num_edges, budget)
+        assert found is not None
+        return found
+
+    def _eliminate(
+        self, circuit: Circuit, num_edges: int, stage: str, done: int, most: int, budget: float = np.inf
+    ) -> Circuit | None:
         before = done + circuit.num_edges
         kl, error = self.kl(circuit), np.zeros(circuit.graph.num_edges)
         while circuit.num_edges > num_edges:
             linear = kl - self._gradient(circuit, kept_only=True)
-            best = self._cheapest(circuit, num_edges, linear, error)
+            best = self._cheapest(circuit, num_edges, linear, error, budget)
             if best is None:
                 return None
+            if best[0] > budget:
+                return circuit
             kl, circuit = best
             self._report(stage, before - circuit.num_edges, most, kl)
         return circuit
 
     def _cheapest(
-        self, circuit: Circuit, num_edges: int, linear: np.ndarray, error: np.ndarray
+        self, circuit: Circuit, num_edges: int, linear: np.ndarray, error: np.ndarray, budget: float
     ) -> tuple[float, Circuit] | None:
         """The removal of one edge that costs least, with its KL: of those that promise most, measured.
 
         Args:
             linear: KL without each edge, to first order, ``[num_edges]``.
             error: what measuring added to that when an edge was last measured; brought up to date.
+            budget: until a removal within it is found, all are measured. (Where the KL is 0, so is its gradient.)
         """
         best: tuple[float, Circuit] | None = None
         measured = 0
         expected = linear + error
         kept = np.flatnonzero(circuit.keep)
         for edge in kept[np.argsort(expected[kept], kind="stable")].tolist():
-            if best is not None and (measured == MOST_MEASURED or best[0] <= expected[edge]):
+            found = best is not None and best[0] <= budget
+            if found and (measured >= MOST_MEASURED or best[0] <= expected[edge]):  # type: ignore[index]
                 break
             candidate = _without(circuit, edge)
             if candidate.num_edges < num_edges:

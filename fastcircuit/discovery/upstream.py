@@ -1,10 +1,12 @@
 """Quirks of the published Edge Pruning code that change its numbers; used only with ``upstream_compat=True``.
 
 Two act during training (the joint clip norm, frozen embedding writers in Llama), two at the end (impossible edges that
-are stored, decay, and take part in the rounding; a writer count that leaves out the position embeddings).
+are stored, decay, and take part in the rounding; a writer count that leaves out the position embeddings). For Tracr's
+programs the published code has a loss and a threshold of its own.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
+from fastcircuit.evaluation.metrics import kl_divergence
+from fastcircuit.evaluation.reference import Batch
 from fastcircuit.graph import FINAL_READ, Graph
 from fastcircuit.masks import Masks, probability_of_zero, soft_value, target_sparsity
 from fastcircuit.models.masked import MaskedCausalLM
 
 _TOLERANCE = 1e-5
+_TRACR_THRESHOLD = 0.005
 
 
 def detach_frozen_nodes(model: MaskedCausalLM, masks: Masks) -> Masks:
@@ -25,6 +30,31 @@ def detach_frozen_nodes(model: MaskedCausalLM, masks: Masks) -> Masks:
     if model.graph.embedding_nodes != "joint" or masks.node is None:
         return masks
     return Masks(masks.edge, torch.cat([masks.node[:1].detach(), masks.node[1:]]))
+
+
+def divergence(model: MaskedCausalLM, batch: Batch, log_probs: Tensor) -> Tensor:
+    """The published KL of a batch, in nats: for Tracr's programs it is summed over positions, not averaged.
+
+    Of a numerical program it compares softmaxes of the numbers *over the positions* of a list.
+    """
+    answers = batch.answers
+    if model.config.model_type != "tracr":
+        return answers.example_mean(kl_divergence(answers.log_probs, log_probs), batch.size)
+    if model.config.answer_values is None:
+        return kl_divergence(answers.log_probs, log_probs).sum() / batch.size
+    total = log_probs.new_zeros(())
+    counts = torch.bincount(answers.example, minlength=batch.size).tolist()
+    numbers = (_numbers(model.config, values).split(counts) for values in (answers.log_probs, log_probs))
+    for full, circuit in zip(*numbers, strict=True):
+        total = total + kl_divergence(torch.log_softmax(full, 0), torch.log_softmax(circuit, 0))
+    return total / batch.size
+
+
+def _numbers(config: Any, log_probs: Tensor) -> Tensor:
+    """The numbers that a program's distributions over its answers stand for (see ``modeling_tracr.py``), ``[N]``."""
+    first, last = (log_probs[:, config.answers[index]] for index in (0, -1))
+    low, high = config.answer_values[0], config.answer_values[-1]
+    return config.noise**2 * (last - first) / (high - low) + (low + high) / 2
 
 
 def restore_frozen_nodes(parameters: MaskParameters) -> None:
@@ -54,18 +84,21 @@ def clip(parameters: MaskParameters, masks: Masks, step: int, norm: float) -> No
         gradient.mul_(scale)
 
 
-def published_circuit(parameters: MaskParameters, num_edges: int | None) -> Circuit:
+def published_circuit(parameters: MaskParameters, num_edges: int | None, architecture: str) -> Circuit:
     """The circuit the published code ends with: thresholds of edges and writers chosen separately, by bisection.
 
     Args:
+        architecture: for ``tracr`` both thresholds are the published constant.
         num_edges: shift the edge threshold so that this many edges are kept, writers counted in; None: the natural one.
     """
     graph = parameters.graph
     edge, node = _soft_edges(parameters), _soft_nodes(parameters)
-    node_on = node > _bisect(node, _counted_nodes(graph))
+    fixed = architecture == "tracr"
+    node_on = node > (_TRACR_THRESHOLD if fixed else _bisect(node, _counted_nodes(graph)))
     writers = graph.edge_writers
     if num_edges is None:
-        keep = (edge > _bisect(edge, np.ones(graph.num_edges, dtype=bool))) & node_on[writers]
+        threshold = _TRACR_THRESHOLD if fixed else _bisect(edge, np.ones(graph.num_edges, dtype=bool))
+        keep = (edge > threshold) & node_on[writers]
     else:
         eligible = np.where(node_on[writers], edge, -1.0)
         keep = np.zeros(graph.num_edges, dtype=bool)

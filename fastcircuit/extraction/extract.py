@@ -24,6 +24,7 @@ from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.submodel.card import CardFacts, model_card
 from fastcircuit.submodel.compile import compile_submodel
 from fastcircuit.submodel.kept import Constants, Kept
+from fastcircuit.submodel.lowering import check_lowers
 from fastcircuit.submodel.modeling_circuit import CircuitForCausalLM
 from fastcircuit.submodel.saving import save_submodel
 from fastcircuit.submodel.sizes import Size, size_of
@@ -120,6 +121,7 @@ def run_extraction(
     check_options(ablation, threshold, kl_budget, size_budget, include_mlps, circuit)
     _check_answers(task, circuit, answers_only)
     model = model if isinstance(model, MaskedCausalLM) else MaskedCausalLM(model)
+    check_lowers(model.config)
     chosen: dict[str, Any] = {
         "threshold": THRESHOLD if threshold is None else threshold,
         "kl_budget": kl_budget,

@@ -40,6 +40,17 @@ class Norm:
         return ops.norm_backward_(grad, x, self.weight, self.eps, self.centered)
 
 
+class NoNorm:
+    """Where a model has no norm: every token as it is."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """``grad`` itself."""
+        return grad
+
+
 @dataclass(frozen=True)
 class Projection:
     """Per-head linear map of a reader's normalised input: ``y[n] = x[n] @ weight[n] + bias[n]``.
@@ -87,7 +98,7 @@ class Attention:
         window: keys further back than this many tokens are not seen; None: all are.
     """
 
-    norm: Norm
+    norm: Norm | NoNorm
     query: Projection
     key: Projection
     value: Projection
@@ -113,7 +124,7 @@ class Block:
     """Attention, then an MLP (with the norm in front of it) that also reads the attention of its own block."""
 
     attention: Attention
-    mlp_norm: Norm
+    mlp_norm: Norm | NoNorm
     mlp: Callable[[Tensor], Tensor]
 
 
@@ -132,7 +143,7 @@ class Anatomy:
 
     embed: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     blocks: tuple[Block, ...]
-    final_norm: Norm
+    final_norm: Norm | NoNorm
     unembed: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     causal: bool = True

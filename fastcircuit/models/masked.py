@@ -16,12 +16,20 @@ from fastcircuit.models.anatomy import Anatomy
 from fastcircuit.models.gpt2 import gpt2
 from fastcircuit.models.llama import llama
 from fastcircuit.models.mistral import mistral
+from fastcircuit.models.modeling_tracr import TracrConfig
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.qwen2 import qwen2
 from fastcircuit.models.states import States, run_unmasked
 from fastcircuit.models.stream import MaskedRun
+from fastcircuit.models.tracr import tracr
 
-ARCHITECTURES: dict[str, Callable[[Any], Anatomy]] = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen2}
+ARCHITECTURES: dict[str, Callable[[Any], Anatomy]] = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    TracrConfig.model_type: tracr,
+}
 
 
 @dataclass
@@ -39,7 +47,8 @@ class MaskedCausalLM(nn.Module):
     flow to masks only.
 
     Args:
-        model: a GPT-2, Llama, Mistral or Qwen2 ``...ForCausalLM``; put in eval mode, its parameters frozen.
+        model: a GPT-2, Llama, Mistral or Qwen2 ``...ForCausalLM``, or a ``TracrLMHeadModel``; put in eval mode, its
+            parameters frozen.
         embedding_nodes: ``split``, ``joint`` or ``none`` (see :class:`fastcircuit.graph.Graph`).
         recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster);
             None: keep them while they are estimated to take at most a GiB.

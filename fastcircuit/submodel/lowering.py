@@ -48,10 +48,8 @@ def lower(model: Any, kept: Kept, constants: Constants) -> Program:
     Raises:
         InputError: an architecture that is not supported, or shapes that are not the model's.
     """
-    kind = model.config.model_type
-    if kind not in SOURCES:
-        raise InputError(f"no submodel can be made of architecture {kind!r}; supported: {', '.join(SOURCES)}")
-    source = SOURCES[kind](model)
+    check_lowers(model.config)
+    source = SOURCES[model.config.model_type](model)
     head_values, mlp_values = _check_shapes(source, kept, constants)
     blocks: list[tuple[Part, ...]] = []
     for index, layer in enumerate(source.layers):
@@ -69,6 +67,14 @@ def lower(model: Any, kept: Kept, constants: Constants) -> Program:
         head_dim=source.head_dim,
         settings=source.settings,
     )
+
+
+def check_lowers(config: Any) -> None:
+    """InputError naming the supported architectures unless a submodel can be made of models of ``config``."""
+    if config.model_type not in SOURCES:
+        raise InputError(
+            f"no submodel can be made of architecture {config.model_type!r}; supported: {', '.join(SOURCES)}"
+        )
 
 
 def _check_shapes(source: Source, kept: Kept, constants: Constants) -> tuple[Tensor, Tensor]:

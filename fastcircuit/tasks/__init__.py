@@ -7,7 +7,7 @@ To add a task: one file here with ``build(tokenizer, seed, sizes) -> Task``, its
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from fastcircuit.tasks import (
     ioi,
     jsonl,
     pronoun,
+    tracr,
 )
 from fastcircuit.tasks.task import SPLITS, Examples, Pair, Task
 
 __all__ = ["Examples", "Pair", "Task", "load_task", "names"]
 
 _DATA = Path(__file__).resolve().parent / "data"
-_BUILDERS = {
+_BUILDERS: dict[str, tuple[Callable[..., Task], Mapping[str, int]]] = {
     "induction": (induction.build, induction.SIZES),
     "pronoun": (pronoun.build, pronoun.SIZES),
     **ioi.BUILDERS,
@@ -38,6 +39,8 @@ _BUILDERS = {
     **boolean.BUILDERS,
     **acronyms.BUILDERS,
     **docstring.BUILDERS,
+    "tracr-reverse": (tracr.build_reverse, tracr.SIZES),
+    "tracr-xproportion": (tracr.build_xproportion, tracr.SIZES),
 }
 _FILES = {"pronoun-212": (_DATA / "pronoun_212.jsonl", "Say She or He by the name: 212 pairs written by hand.")}
 

@@ -1,7 +1,8 @@
 """Small real models shipped with the package: complete Hugging Face directories that load offline.
 
 ``stories260K`` is a Llama that writes children's stories; ``induction-gpt2`` is a GPT-2 that continues repeated letter
-patterns. Each directory carries its licence and a README saying where the weights come from.
+patterns; ``tracr-reverse`` and ``tracr-xproportion`` are programs compiled to transformers, whose circuits are known.
+Each directory carries its licence and a README saying where the weights come from.
 """
 
 import os

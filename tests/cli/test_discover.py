@@ -187,3 +187,13 @@ def test_options_that_do_not_fit_a_method(shelf, run, options, message):
     assert message in err
     assert len(err.splitlines()) == 1
     assert not Path("runs").exists()
+
+
+def test_discover_within_a_budget_says_how_many_edges_that_takes(run):
+    program = ("tracr-xproportion", "--task", "tracr-xproportion", "--preset", "tracr", "--steps", "40")
+    code, out, err = run("discover", *program, "--kl-budget", "0.01", "--out", "budget", "--json")
+    assert code == 0, err
+    found = json.loads(out)["discover"]
+    assert found["edges"] == 7
+    assert found["test"]["kl"] < 1e-6
+    assert json.loads(Path("budget/circuit.json").read_text())["provenance"]["kl_budget"] == 0.01

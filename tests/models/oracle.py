@@ -29,7 +29,7 @@ def writer_outputs(hf_model, graph, ids):
 
 
 def _run(model, graph, z, ids, corrupted, output_bias):
-    parts = _Gpt2(model) if model.config.model_type == "gpt2" else _Llama(model)
+    parts = {"gpt2": _Gpt2, "tracr": _Tracr}.get(model.config.model_type, _Llama)(model)
     written = dict(parts.embeds(ids, graph.embedding_nodes))
     always = 0 if graph.embedding_nodes != "none" else sum(written.pop(name) for name in list(written))
     zero = corrupted == "zero" if isinstance(corrupted, str) else False
@@ -67,12 +67,12 @@ def _run(model, graph, z, ids, corrupted, output_bias):
     return written, parts.unembed(read("resid_post"))
 
 
-def _attend(query, key, value, scale, window):
+def _attend(query, key, value, scale, window, causal=True):
     out = []
     for i in range(len(query)):
-        first = 0 if window is None else max(0, i - window + 1)
-        scores = (key[first : i + 1] @ query[i]) * scale
-        out.append(torch.softmax(scores, 0) @ value[first : i + 1])
+        seen = slice(0 if window is None else max(0, i - window + 1), i + 1 if causal else None)
+        scores = (key[seen] @ query[i]) * scale
+        out.append(torch.softmax(scores, 0) @ value[seen])
     return torch.stack(out)
 
 
@@ -161,3 +161,32 @@ class _Llama:
 
     def unembed(self, x):
         return self.model.lm_head(self._norm(self.body.norm, x))
+
+
+class _Tracr:
+    def __init__(self, model):
+        self.model = model
+
+    def embeds(self, ids, convention):
+        token, position = self.model.tok_embed.weight[ids], self.model.pos_embed.weight[: len(ids)]
+        if convention == "joint":
+            return [("embeds", token + position)]
+        return [("tok_embeds", token), ("pos_embeds", position)]
+
+    def head(self, layer, head, _, *reads):
+        attention, width = self.model.blocks[layer].attention, self.model.config.head_dim
+        rows = slice(head * width, (head + 1) * width)
+        projections = (attention.query, attention.key, attention.value)
+        projected = [x @ part.weight[rows].T + part.bias[rows] for part, x in zip(projections, reads, strict=True)]
+        out = _attend(*projected, 1 / math.sqrt(width), None, self.model.config.causal)
+        return out @ attention.output.weight[:, rows].T
+
+    def output_bias(self, layer):
+        return self.model.blocks[layer].attention.output.bias
+
+    def mlp(self, layer, x):
+        mlp = self.model.blocks[layer].mlp
+        return (x @ mlp.up.weight.T + mlp.up.bias).clamp(min=0) @ mlp.down.weight.T + mlp.down.bias
+
+    def unembed(self, x):
+        return x @ self.model.lm_head.weight.T + self.model.lm_head.bias

@@ -72,7 +72,7 @@ def test_random_masks_equal_the_oracle_gradients_included(name, embedding_nodes,
 
 
 @pytest.mark.parametrize("output_bias", ["split", "kept"])
-@pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim", "tracr"])
 def test_zero_ablation_follows_the_bias_convention(name, output_bias):
     hf_model = tiny_model(name)
     model = MaskedCausalLM(hf_model)
@@ -85,7 +85,7 @@ def test_zero_ablation_follows_the_bias_convention(name, output_bias):
         torch.testing.assert_close(logits[row], expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim", "tracr"])
 def test_mean_ablation_carries_the_mean_of_every_writer(name):
     hf_model = tiny_model(name)
     model = MaskedCausalLM(hf_model)
@@ -101,7 +101,7 @@ def test_mean_ablation_carries_the_mean_of_every_writer(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-window"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-window", "tracr", "tracr-causal"])
 def test_padding_changes_nothing(name, side):
     model = MaskedCausalLM(tiny_model(name))
     masks = random_masks(model.graph)
@@ -190,7 +190,9 @@ def test_weights_are_shared_not_copied():
 
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.1, 0.5])
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize(("name", "nodes"), [("gpt2", "split"), ("llama-biases-head-dim", "none"), ("llama", "joint")])
+@pytest.mark.parametrize(
+    ("name", "nodes"), [("gpt2", "split"), ("llama-biases-head-dim", "none"), ("llama", "joint"), ("tracr", "split")]
+)
 def test_skipping_zeros_changes_nothing(name, nodes, recompute, density):
     model = MaskedCausalLM(tiny_model(name), nodes, recompute=recompute)
     clean, corrupted = pair()

@@ -12,6 +12,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from fastcircuit.models.modeling_tracr import TracrConfig, TracrLMHeadModel
+
 _GPT2 = {"vocab_size": 41, "n_positions": 16, "n_embd": 24, "n_layer": 3, "n_head": 4}
 _LLAMA = {
     "vocab_size": 41,
@@ -21,6 +23,15 @@ _LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
+}
+_TRACR = {
+    "tokens": [f"t{token}" for token in range(41)],
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 5,
+    "intermediate_size": 30,
+    "max_position_embeddings": 16,
 }
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -55,6 +66,8 @@ TINY = {
         Qwen2ForCausalLM,
         Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=3, max_window_layers=1),
     ),
+    "tracr": (TracrLMHeadModel, TracrConfig(**_TRACR)),
+    "tracr-causal": (TracrLMHeadModel, TracrConfig(**_TRACR, causal=True)),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fastcircuit.models.modeling_tracr  # noqa: F401 (makes the Auto classes know the compiled models)
 from fastcircuit import zoo
 
 DATA = Path(__file__).parent / "data"
@@ -29,7 +30,7 @@ def letters():
 
 
 def test_names_and_paths():
-    assert zoo.names() == ["induction-gpt2", "stories260K"]
+    assert zoo.names() == ["induction-gpt2", "stories260K", "tracr-reverse", "tracr-xproportion"]
     assert all(zoo.path(name).is_dir() for name in zoo.names())
     assert zoo.path("gpt2") is None
     assert zoo.path("") is None
