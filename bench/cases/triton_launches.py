@@ -9,7 +9,7 @@ from torch import Tensor
 TOKENS, WIDTH, WRITERS = 2048, 768, 157
 
 # One call of every op: what tests compile again.
-MAIN = ("masked_read live torch.bfloat16", "live_writers 157", "hard_concrete torch.float32")
+MAIN = ("masked_read live torch.bfloat16", "live_writers 157", "hard_concrete torch.float32", "answer_kl bfloat16")
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -18,13 +18,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def calls(hip: bool) -> dict[str, Callable[[], Any]]:
     """By name; ``hip`` leaves out what AMD's backend of Triton does not have."""
-    return {**_masked_reads(hip), **_live_writers(), **_hard_concrete()}
+    return {**_masked_reads(hip), **_live_writers(), **_hard_concrete(), **_answer_kl(hip)}
 
 
 def _masked_reads(hip: bool) -> dict[str, Callable[[], Any]]:
     found = {}
     # Reader counts reach every tile: one, a layer of stories260K, of GPT-2 small, of a 13B Llama.
-    for precision in ("ieee", "tf32") if hip else ("ieee", "tf32", "tf32x3"):
+    for precision in _precisions(hip):
         for readers in (1, 24, 37, 121):
             found[f"masked_read {precision} {readers}"] = _masked_read(readers, torch.float32, precision)
     for readers in (1, 24, 37, 121):
@@ -82,3 +82,26 @@ def _hard_concrete() -> dict[str, Callable[[], Any]]:
         kernels.hard_concrete_grad(log_alpha, log_alpha, log_alpha, log_alpha, 2 / 3, -0.1, 1.1)
 
     return {f"hard_concrete {dtype}": lambda d=dtype: call(d) for dtype in (torch.float32, torch.float64)}
+
+
+def _answer_kl(hip: bool) -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels import answer_kl as kernels
+
+    def call(dtype: torch.dtype, precision: str) -> None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        hidden, weight, log_probs = (
+            _meta(32, 768, dtype=dtype),
+            _meta(50257, 768, dtype=dtype),
+            _meta(32, 50257, dtype=wide),
+        )
+        _, stats = kernels.answer_kl(hidden, weight, log_probs, precision)
+        kernels.answer_kl_grad(_meta(32, dtype=wide), hidden, weight, log_probs, stats, precision)
+
+    found = {f"answer_kl {p}": lambda p=p: call(torch.float32, p) for p in _precisions(hip)}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float64", torch.float64)):
+        found[f"answer_kl {name}"] = lambda d=dtype: call(d, "ieee")
+    return found
+
+
+def _precisions(hip: bool) -> tuple[str, ...]:
+    return ("ieee", "tf32") if hip else ("ieee", "tf32", "tf32x3")

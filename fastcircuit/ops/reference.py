@@ -199,3 +199,19 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
         c0, c1, c2, c3 = (third >> 32) & mask ^ c1 ^ k0, third & mask, (first >> 32) & mask ^ c3 ^ k1, first & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return c0, c1, c2, c3
+
+
+def answer_kl(hidden: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_v p_v (ln p_v - ln q_v)`` per row; and ``ln sum exp(logit)`` and ``sum p``, which backward needs."""
+    logits = hidden.to(reference.dtype) @ weight.to(reference.dtype).T
+    probs, log_q = reference.exp(), logits.log_softmax(-1)
+    kl = torch.where(probs > 0, probs * (reference - log_q), 0).sum(-1)
+    return kl, torch.stack([logits.logsumexp(-1), probs.sum(-1)])
+
+
+def answer_kl_grad(grad: Tensor, hidden: Tensor, weight: Tensor, reference: Tensor, stats: Tensor) -> Tensor:
+    """The gradient of ``hidden``: ``sum_v (q_v sum p - p_v) weight_v``, times that of the divergence."""
+    logits = hidden.to(reference.dtype) @ weight.to(reference.dtype).T
+    log_sum, mass = stats[:, :, None]
+    of_logits = grad[:, None] * (mass * (logits - log_sum).exp() - reference.exp())
+    return (of_logits @ weight.to(reference.dtype)).to(hidden.dtype)

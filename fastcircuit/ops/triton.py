@@ -136,3 +136,22 @@ def hard_concrete_grad(grad_z: Tensor, grad_on: Tensor, z: Tensor, on: Tensor, *
     from fastcircuit_kernels import hard_concrete as kernels
 
     return kernels.hard_concrete_grad(grad_z, grad_on, z, on, *numbers)
+
+
+def answer_kl(hidden: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence per row, and what backward needs."""
+    from fastcircuit_kernels import answer_kl as kernels
+
+    return kernels.answer_kl(_rows(hidden), _rows(weight), _rows(reference), float32_precision())
+
+
+def answer_kl_grad(grad: Tensor, hidden: Tensor, weight: Tensor, reference: Tensor, stats: Tensor) -> Tensor:
+    """The gradient of ``hidden``."""
+    from fastcircuit_kernels import answer_kl as kernels
+
+    return kernels.answer_kl_grad(grad, _rows(hidden), _rows(weight), _rows(reference), stats, float32_precision())
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """``matrix`` with contiguous rows, copied only if need be."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
