@@ -7,7 +7,7 @@ numbers per row; a second kernel adds the blocks up in order.
 import torch
 import triton
 import triton.language as tl
-from fastcircuit_kernels.dot import dot
+from fastcircuit_kernels.dot import dot, narrow
 
 # Rows and words of a program, summed numbers per step, warps and pipeline stages, by the size of a number in bytes.
 TILES = {2: (32, 128, 64, 4, 3), 4: (32, 128, 16, 4, 3), 8: (16, 32, 16, 4, 1)}
@@ -108,7 +108,7 @@ def logit_gradient(
     b_mass = tl.load(p_stats + N + o_n, mask=m_n, other=0.0)
     b_grad = tl.load(p_grad + o_n, mask=m_n, other=0.0).to(ACC)
     b_out = b_grad[:, None] * (b_mass[:, None] * tl.exp(b_logit - b_lse[:, None]) - b_p)
-    tl.store(p_out + o_n[:, None] * V + o_v[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out + o_n[:, None] * V + o_v[None, :], narrow(b_out, p_out.dtype.element_ty), mask=m_out)
 
 
 def _launch(hidden: torch.Tensor, precision: str) -> tuple[int, int, dict]:

@@ -215,3 +215,41 @@ def answer_kl_grad(grad: Tensor, hidden: Tensor, weight: Tensor, reference: Tens
     log_sum, mass = stats[:, :, None]
     of_logits = grad[:, None] * (mass * (logits - log_sum).exp() - reference.exp())
     return (of_logits @ weight.to(reference.dtype)).to(hidden.dtype)
+
+
+def read_norm(
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``norm(masked_read(...))``, the means (0 for RMSNorm) and ``1 / deviation``."""
+    reads = masked_read(stream, mask, base, live)
+    y = layer_norm(reads, weight, bias, eps) if centered else rms_norm(reads, weight, eps)
+    wide = reads.to(accumulation_dtype(reads.dtype))
+    mean = wide.mean(-1) if centered else wide.new_zeros(wide.shape[:-1])
+    return y, torch.stack([mean, torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)])
+
+
+def read_norm_grad(
+    grad: Tensor,
+    stats: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None,
+    weight: Tensor,
+    centered: bool,
+    live: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the reads, from that of their norm."""
+    mean, rstd = stats[..., None]
+    normed = (masked_read(stream, mask, base, live).to(stats.dtype) - mean) * rstd
+    g = grad.to(stats.dtype) * weight
+    along_x = (g * normed).mean(-1, keepdim=True)
+    if centered:
+        g = g - g.mean(-1, keepdim=True)
+    return (rstd * (g - normed * along_x)).to(grad.dtype).contiguous()
