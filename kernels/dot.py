@@ -1,10 +1,20 @@
-"""Block products: one dtype rule for all kernels."""
+"""Block products and roundings: one dtype rule for all kernels."""
 
 import triton
 import triton.language as tl
 
 # The interpreter takes a bfloat16's bits for an integer when it multiplies; its products in float32 are the same.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def narrow(b_x, dtype: tl.constexpr):
+    """``b_x`` rounded to ``dtype``, to nearest even; the interpreter cuts a bfloat16 off instead, so it is helped."""
+    if INTERPRETED and dtype == tl.bfloat16 and b_x.dtype == tl.float32:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_rounded = ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        b_x = tl.where(b_x == b_x, b_rounded, b_x)
+    return b_x.to(dtype)
 
 
 @triton.jit
@@ -34,7 +44,7 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr, PIECES: tl.constexpr = 2):
         b_acc = _multiply(b_a, b_b.to(tl.float32), b_acc, PRECISION)
     else:
         for _ in tl.static_range(PIECES):
-            b_piece = b_a.to(b_b.dtype)
+            b_piece = narrow(b_a, b_b.dtype)
             b_acc = _multiply(b_piece, b_b, b_acc, PRECISION)
             b_a -= b_piece.to(b_a.dtype)
     return b_acc

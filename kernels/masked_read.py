@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastcircuit_kernels.dot import dot
+from fastcircuit_kernels.dot import dot, narrow
 
 
 class Tile(NamedTuple):
@@ -101,7 +101,7 @@ def read(
     m_out = m_m[:, None] & m_n[None, :]
     if START == "own":
         b_acc += tl.load(p_start + o_row[:, None] * stride_start + o_n[None, :], mask=m_out, other=0.0).to(ACC)
-    tl.store(p_out + o_row[:, None] * stride_out + o_n[None, :], b_acc.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_out + o_row[:, None] * stride_out + o_n[None, :], narrow(b_acc, p_out.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def backward(
         m_tile = m_w[:, None] & m_n[None, :]
         if ACCUMULATE:
             b_gd += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        tl.store(p_tile, b_gd.to(p_gd.dtype.element_ty), mask=m_tile)
+        tl.store(p_tile, narrow(b_gd, p_gd.dtype.element_ty), mask=m_tile)
     p_out = p_partial + (i_part * R + o_m[:, None]) * W + o_w[None, :]
     tl.store(p_out, b_products, mask=m_m[:, None] & m_open[None, :])
 
@@ -207,7 +207,7 @@ def add_parts(
             p_partial + o_p[:, None] * size + o_i[None, :], mask=(o_p < PARTS)[:, None] & m_part[None, :], other=0.0
         )  # [BP, BN]
         b_acc += tl.sum(b_part, axis=0)
-    tl.store(p_out + o_i, b_acc.to(p_out.dtype.element_ty), mask=m_i)
+    tl.store(p_out + o_i, narrow(b_acc, p_out.dtype.element_ty), mask=m_i)
 
 
 def kind_of(dtype: torch.dtype, precision: str, pieces: int = 2) -> str:

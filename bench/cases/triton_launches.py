@@ -9,7 +9,13 @@ from torch import Tensor
 TOKENS, WIDTH, WRITERS = 2048, 768, 157
 
 # One call of every op: what tests compile again.
-MAIN = ("masked_read live torch.bfloat16", "live_writers 157", "hard_concrete torch.float32")
+MAIN = (
+    "masked_read live torch.bfloat16",
+    "live_writers 157",
+    "hard_concrete torch.float32",
+    "answer_kl bfloat16",
+    "read_norm bfloat16 37",
+)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -18,13 +24,13 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def calls(hip: bool) -> dict[str, Callable[[], Any]]:
     """By name; ``hip`` leaves out what AMD's backend of Triton does not have."""
-    return {**_masked_reads(hip), **_live_writers(), **_hard_concrete()}
+    return {**_masked_reads(hip), **_live_writers(), **_hard_concrete(), **_answer_kl(hip), **_read_norm(hip)}
 
 
 def _masked_reads(hip: bool) -> dict[str, Callable[[], Any]]:
     found = {}
     # Reader counts reach every tile: one, a layer of stories260K, of GPT-2 small, of a 13B Llama.
-    for precision in ("ieee", "tf32") if hip else ("ieee", "tf32", "tf32x3"):
+    for precision in _precisions(hip):
         for readers in (1, 24, 37, 121):
             found[f"masked_read {precision} {readers}"] = _masked_read(readers, torch.float32, precision)
     for readers in (1, 24, 37, 121):
@@ -82,3 +88,53 @@ def _hard_concrete() -> dict[str, Callable[[], Any]]:
         kernels.hard_concrete_grad(log_alpha, log_alpha, log_alpha, log_alpha, 2 / 3, -0.1, 1.1)
 
     return {f"hard_concrete {dtype}": lambda d=dtype: call(d) for dtype in (torch.float32, torch.float64)}
+
+
+def _answer_kl(hip: bool) -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels import answer_kl as kernels
+
+    def call(dtype: torch.dtype, precision: str) -> None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        hidden, weight, log_probs = (
+            _meta(32, 768, dtype=dtype),
+            _meta(50257, 768, dtype=dtype),
+            _meta(32, 50257, dtype=wide),
+        )
+        _, stats = kernels.answer_kl(hidden, weight, log_probs, precision)
+        kernels.answer_kl_grad(_meta(32, dtype=wide), hidden, weight, log_probs, stats, precision)
+
+    found = {f"answer_kl {p}": lambda p=p: call(torch.float32, p) for p in _precisions(hip)}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float64", torch.float64)):
+        found[f"answer_kl {name}"] = lambda d=dtype: call(d, "ieee")
+    return found
+
+
+def _precisions(hip: bool) -> tuple[str, ...]:
+    return ("ieee", "tf32") if hip else ("ieee", "tf32", "tf32x3")
+
+
+def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels import read_norm as kernels
+
+    def call(readers: int, dtype: torch.dtype, precision: str, centered: bool, live: bool, fused: bool) -> None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        stream, mask = _meta(WRITERS, TOKENS, WIDTH, dtype=dtype), _meta(readers, WRITERS, dtype=wide)
+        base, weight = stream[0], _meta(WIDTH, dtype=dtype)
+        listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
+        bias = weight if centered else None
+        y, stats = kernels.read_norm(stream, mask, base, weight, bias, 1e-5, centered, listed, precision, fused)
+        kernels.read_norm_grad(y, stats, stream, mask, base, weight, centered, listed, precision, fused)
+
+    found = {
+        f"read_norm {precision} {readers}": lambda r=readers, p=precision: call(r, torch.float32, p, True, False, True)
+        for precision in _precisions(hip)
+        for readers in (1, 37)
+    }
+    for readers in (1, 37, 121):
+        found[f"read_norm bfloat16 {readers}"] = lambda r=readers: call(r, torch.bfloat16, "ieee", True, False, True)
+    found["read_norm bfloat16 live"] = lambda: call(37, torch.bfloat16, "ieee", True, True, True)
+    found["read_norm bfloat16 apart"] = lambda: call(37, torch.bfloat16, "ieee", True, False, False)
+    found["read_norm bfloat16 rms"] = lambda: call(37, torch.bfloat16, "ieee", False, False, True)
+    found["read_norm float16"] = lambda: call(37, torch.float16, "ieee", True, False, True)
+    found["read_norm float64"] = lambda: call(1, torch.float64, "ieee", True, False, True)
+    return found

@@ -1,12 +1,15 @@
 """Operations on the disentangled stream, each with a plain torch specification and compiled backends."""
 
+from fastcircuit.ops.answer_kl import answer_kl
 from fastcircuit.ops.backends import available_backends, unsupported_reasons
 from fastcircuit.ops.hard_concrete import hard_concrete
 from fastcircuit.ops.masked_read import live_writers, masked_read, masked_read_backward_
 from fastcircuit.ops.norms import layer_norm, norm_backward_, rms_norm
 from fastcircuit.ops.packed_attention import packed_attention
+from fastcircuit.ops.read_norm import read_norm, read_norm_grad
 
 __all__ = [
+    "answer_kl",
     "available_backends",
     "hard_concrete",
     "layer_norm",
@@ -15,6 +18,8 @@ __all__ = [
     "masked_read_backward_",
     "norm_backward_",
     "packed_attention",
+    "read_norm",
+    "read_norm_grad",
     "rms_norm",
     "unsupported_reasons",
 ]

@@ -48,8 +48,8 @@ def masked_read(
 
     Source: the interpolated read of Edge Pruning (Bhaskar et al., 2024, section 3), in terms of differences.
     """
-    _check_operands("masked_read", stream, mask, base)
-    _check_live("masked_read", live, stream)
+    check_operands("masked_read", stream, mask, base)
+    check_live("masked_read", live, stream)
     if plain_eager(stream) and not (torch.is_grad_enabled() and any_requires_grad(stream, mask, base)):
         return choose("masked_read", backend, stream, mask, base, live)(stream, mask, base, live)
     return torch.ops.fastcircuit.masked_read.default(stream, mask, base, live, backend)
@@ -94,11 +94,11 @@ def masked_read_backward_(
         grad_stream += torch.einsum("rw,rtd->wtd", mask, grad_reads)
         return torch.einsum("rtd,wtd->rw", grad_reads, stream)
     """
-    _check_operands("masked_read_backward_", stream, mask, None)
+    check_operands("masked_read_backward_", stream, mask, None)
     _check_gradients("masked_read_backward_", grad_reads, stream, mask, grad_stream)
     if torch.is_grad_enabled() and any_requires_grad(grad_reads, stream, mask, grad_stream):
         raise InputError("masked_read_backward_: a tensor requires grad; call it under torch.no_grad()")
-    _check_live("masked_read_backward_", live, stream)
+    check_live("masked_read_backward_", live, stream)
     if plain_eager(stream):
         run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream, live)
         return run(grad_reads, stream, mask, grad_stream, needs_mask_grad, live)
@@ -133,12 +133,12 @@ def live_writers(mask: Tensor, *, backend: str = "auto") -> Tensor:
     return torch.ops.fastcircuit.live_writers.default(mask, backend)
 
 
-def _check_live(op: str, live: Tensor | None, stream: Tensor) -> None:
+def check_live(op: str, live: Tensor | None, stream: Tensor) -> None:
     if live is not None:
         _check_like(op, "live", live, (stream.shape[0] + 2,), (torch.int32,), stream)
 
 
-def _check_operands(op: str, stream: Tensor, mask: Tensor, base: Tensor | None) -> None:
+def check_operands(op: str, stream: Tensor, mask: Tensor, base: Tensor | None) -> None:
     if stream.dim() != 3:
         raise InputError(f"{op}: stream has shape {list(stream.shape)}; accepted is [W, T, d]")
     if mask.dim() != 2 or mask.shape[1] != stream.shape[0]:

@@ -200,3 +200,57 @@ def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple
         c0, c1, c2, c3 = (third >> 32) & mask ^ c1 ^ k0, third & mask, (first >> 32) & mask ^ c3 ^ k1, first & mask
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
     return c0, c1, c2, c3
+
+
+def answer_kl(hidden: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_v p_v (ln p_v - ln q_v)`` per row; and ``ln sum exp(logit)`` and ``sum p``, which backward needs."""
+    logits = hidden.to(reference.dtype) @ weight.to(reference.dtype).T
+    probs, log_q = reference.exp(), logits.log_softmax(-1)
+    kl = torch.where(probs > 0, probs * (reference - log_q), 0).sum(-1)
+    return kl, torch.stack([logits.logsumexp(-1), probs.sum(-1)])
+
+
+def answer_kl_grad(grad: Tensor, hidden: Tensor, weight: Tensor, reference: Tensor, stats: Tensor) -> Tensor:
+    """The gradient of ``hidden``: ``sum_v (q_v sum p - p_v) weight_v``, times that of the divergence."""
+    logits = hidden.to(reference.dtype) @ weight.to(reference.dtype).T
+    log_sum, mass = stats[:, :, None]
+    of_logits = grad[:, None] * (mass * (logits - log_sum).exp() - reference.exp())
+    return (of_logits @ weight.to(reference.dtype)).to(hidden.dtype)
+
+
+def read_norm(
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``norm(masked_read(...))``, the means (0 for RMSNorm) and ``1 / deviation``."""
+    reads = masked_read(stream, mask, base, live)
+    y = layer_norm(reads, weight, bias, eps) if centered else rms_norm(reads, weight, eps)
+    wide = reads.to(accumulation_dtype(reads.dtype))
+    mean = wide.mean(-1) if centered else wide.new_zeros(wide.shape[:-1])
+    return y, torch.stack([mean, torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)])
+
+
+def read_norm_grad(
+    grad: Tensor,
+    stats: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None,
+    weight: Tensor,
+    centered: bool,
+    live: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the reads, from that of their norm."""
+    mean, rstd = stats[..., None]
+    normed = (masked_read(stream, mask, base, live).to(stats.dtype) - mean) * rstd
+    g = grad.to(stats.dtype) * weight
+    along_x = (g * normed).mean(-1, keepdim=True)
+    if centered:
+        g = g - g.mean(-1, keepdim=True)
+    return (rstd * (g - normed * along_x)).to(grad.dtype).contiguous()

@@ -55,7 +55,9 @@ def float32_precision() -> str:
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
     first = next(t for t in tensors if t is not None)
-    reasons = layout_reasons(op, tensors) if op.startswith("masked_read") else []
+    # Ops that read the stream, and where it is among their tensors.
+    of_stream = {"read_norm": "masked_read", "read_norm_grad": "masked_read_grads"}.get(op, op)
+    reasons = layout_reasons(of_stream, tensors) if of_stream.startswith("masked_read") else []
     if first.device.type != "cuda" and not _interpreted():
         reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
     return reasons
@@ -136,3 +138,66 @@ def hard_concrete_grad(grad_z: Tensor, grad_on: Tensor, z: Tensor, on: Tensor, *
     from fastcircuit_kernels import hard_concrete as kernels
 
     return kernels.hard_concrete_grad(grad_z, grad_on, z, on, *numbers)
+
+
+def answer_kl(hidden: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence per row, and what backward needs."""
+    from fastcircuit_kernels import answer_kl as kernels
+
+    return kernels.answer_kl(_rows(hidden), _rows(weight), _rows(reference), float32_precision())
+
+
+def answer_kl_grad(grad: Tensor, hidden: Tensor, weight: Tensor, reference: Tensor, stats: Tensor) -> Tensor:
+    """The gradient of ``hidden``."""
+    from fastcircuit_kernels import answer_kl as kernels
+
+    return kernels.answer_kl_grad(grad, _rows(hidden), _rows(weight), _rows(reference), stats, float32_precision())
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """``matrix`` with contiguous rows, copied only if need be."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def read_norm(
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centered: bool,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Normalised reads and their statistics."""
+    from fastcircuit_kernels import read_norm as kernels
+
+    base, bias = (None if tensor is None else tensor.contiguous() for tensor in (base, bias))
+    return kernels.read_norm(stream, mask, base, weight.contiguous(), bias, eps, centered, live, float32_precision())
+
+
+def read_norm_grad(
+    grad: Tensor,
+    stats: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None,
+    weight: Tensor,
+    centered: bool,
+    live: Tensor | None = None,
+) -> Tensor:
+    """The gradient of the reads."""
+    from fastcircuit_kernels import read_norm as kernels
+
+    base = None if base is None else base.contiguous()
+    return kernels.read_norm_grad(
+        grad.contiguous(),
+        stats.contiguous(),
+        stream,
+        mask,
+        base,
+        weight.contiguous(),
+        centered,
+        live,
+        float32_precision(),
+    )

@@ -15,7 +15,7 @@ from fastcircuit.ops import cpu as cpu_launcher
 OPS = torch.ops.fastcircuit
 USABLE = [name for name, why in available_backends().items() if why is None]
 ROOT = Path(__file__).parents[2]
-TRITON_OPS = ("masked_read", "hard_concrete")
+TRITON_OPS = ("masked_read", "read_norm", "hard_concrete", "answer_kl")
 
 BLOCKED = """
 import importlib.abc, sys
