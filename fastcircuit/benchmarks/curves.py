@@ -30,7 +30,9 @@ class Curve:
         if self.accepted is None or self.exponent is None or self.accepted[0] <= self.exponent <= self.accepted[1]:
             return None
         low, high = self.accepted
-        return f"{self.case}: {self.what} grows with {self.axis} to the {self.exponent:.2f}; accepted: {low:g} to {high:g}"
+        return (
+            f"{self.case}: {self.what} grows with {self.axis} to the {self.exponent:.2f}; accepted: {low:g} to {high:g}"
+        )
 
     def __str__(self) -> str:
         grows = "" if self.exponent is None else f", {self.axis}^{self.exponent:.2f}"

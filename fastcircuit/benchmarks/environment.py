@@ -32,7 +32,7 @@ def environment(device: str) -> dict[str, Any]:
 
 @functools.cache
 def device_name(device: str) -> str:
-    """"cpu Intel(R) Xeon(R) ..., 2 cores" or "cuda NVIDIA H200"."""
+    """ "cpu Intel(R) Xeon(R) ..., 2 cores" or "cuda NVIDIA H200"."""
     if device == "cuda":
         return f"cuda {torch.cuda.get_device_name(0)}"
     return f"cpu {_cpu_model()}, {os.cpu_count()} cores"
@@ -45,7 +45,7 @@ def slug(name: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, with "-dirty" when files other than results are changed; of an installation its version."""
+    """The checkout's commit, with "-dirty" when files other than results are changed; else the version."""
     if not (ROOT / "pyproject.toml").is_file():
         return f"v{_version('fastcircuit')}"
     short = _git("rev-parse", "--short", "HEAD")

@@ -41,7 +41,8 @@ def problem(pairs: Iterable[tuple[Tensor, Tensor, Tensor | float]], terms: int, 
         wrong = ~(error <= allowed)  # NaN is wrong
         if bool(wrong.any()):
             worst = float((error / allowed).nan_to_num(math.inf).max())
-            return f"{int(wrong.sum())} of {wrong.numel()} numbers are wrong, by up to {worst:.3g} times what rounding explains"
+            count = f"{int(wrong.sum())} of {wrong.numel()}"
+            return f"{count} numbers are off by up to {worst:.3g} times what rounding explains"
     return None
 
 

@@ -39,6 +39,8 @@ class Shape:
                 n_embd=self.width,
                 vocab_size=self.vocabulary,
                 n_positions=max(self.tokens, 64),
+                bos_token_id=None,
+                eos_token_id=None,
             )
         return LlamaConfig(
             num_hidden_layers=self.layers,

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-_READ = {
+_READ: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": int,
     "float": float,
@@ -159,7 +159,7 @@ def _check_header(path: Path) -> None:
 def _row(path: Path, number: int, values: dict[str, Any]) -> Row:
     if None in values or None in values.values():
         raise InputError(f"{path} line {number}: {len(COLUMNS)} columns are expected")
-    read_values = {}
+    read_values: dict[str, Any] = {}
     for field in fields(Row):
         text, kinds = values[field.name], str(getattr(field.type, "__name__", field.type)).split(" | ")
         if text == "" and "None" in str(field.type):

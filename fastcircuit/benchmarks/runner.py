@@ -114,7 +114,9 @@ class _Measurement:
                 self.ceilings.measure_again(work, dtype)
             floor = self.ceilings.floor(work, dtype)
             if fastest * (1 + NOISE) < floor:
-                return f"{name} took {fastest * 1e3:.4g} ms, less than its work takes at full speed, {floor * 1e3:.4g} ms"
+                return (
+                    f"{name} took {fastest * 1e3:.4g} ms, less than its work takes at full speed, {floor * 1e3:.4g} ms"
+                )
         if self.bound is not None and name in self.case.bounded:
             ratio = self._ratios(name).p50
             if ratio > self.bound * (1 + NOISE):

@@ -44,7 +44,8 @@ class Clock:
 
     def check(self, call: Call) -> None:
         """RunError when ``call`` is still at work after its time was taken (a clock that does not synchronise)."""
-        timed, waited = [], []
+        timed: list[float] = []
+        waited: list[float] = []
         while len(timed) < 3 and sum(timed) < 1:
             self.synchronize()
             start = time.perf_counter()
@@ -66,7 +67,11 @@ def clock(device: str) -> Clock:
         return Clock(lambda: None)
     size = torch.cuda.get_device_properties(0).L2_cache_size
     waste = torch.empty(max(2 * size, 1), dtype=torch.uint8, device="cuda")
-    return Clock(torch.cuda.synchronize, lambda: waste.zero_() and None)
+
+    def empty_cache() -> None:
+        waste.zero_()
+
+    return Clock(torch.cuda.synchronize, empty_cache)
 
 
 def _read(result: object) -> float:

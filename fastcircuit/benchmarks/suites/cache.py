@@ -10,6 +10,7 @@ from fastcircuit.benchmarks.baselines.edge_pruning_step import PublishedEdgePrun
 from fastcircuit.benchmarks.case import Case, Target, Variant
 from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import SHAPES, Shape, random_model, random_pairs
+from fastcircuit.benchmarks.suites.step import QUICK
 from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -17,7 +18,7 @@ from fastcircuit.models.masked import MaskedCausalLM
 
 def cases(target: Target) -> Iterator[Case]:
     chosen = {"stories260K": SHAPES["stories260K"]}
-    chosen |= {"GPT-2 small, 3 layers": Shape(layers=3)} if target.quick else {"GPT-2 small": SHAPES["GPT-2 small"]}
+    chosen |= {"GPT-2 small, 3 layers": QUICK} if target.quick else {"GPT-2 small": SHAPES["GPT-2 small"]}
     for name, shape in chosen.items():
         yield Case(
             suite="cache",

@@ -42,9 +42,7 @@ def fastcircuit(operands: Operands) -> Variant:
     """``discover``: the cache, all steps, and the circuit of exactly so many edges."""
 
     def find(steps: int) -> Circuit:
-        return discover(
-            operands.model, operands.task, edges=EDGES, steps=steps, batch_size=BATCH, refine=False
-        ).circuit
+        return discover(operands.model, operands.task, edges=EDGES, steps=steps, batch_size=BATCH, refine=False).circuit
 
     def check() -> str | None:
         """As many edges as asked for, and the same ones for the same seed."""
@@ -80,5 +78,3 @@ def published(operands: Operands) -> Variant:
         return None if wrong < 1e-4 else f"its logits differ from the model's by {float(wrong):.2g}"
 
     return Variant(lambda: step.training_step(batch), check, parts=operands.steps)
-
-

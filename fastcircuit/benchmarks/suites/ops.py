@@ -180,7 +180,12 @@ def _compiled(x: Operands) -> Callable[[], Tensor]:
 
 
 def _ours_backward(x: Operands) -> Callable[[], Tensor]:
-    return lambda: masked_read_backward_(x.grad_reads, x.stream, x.mask, x.grad_stream)
+    def call() -> Tensor:
+        grad_mask = masked_read_backward_(x.grad_reads, x.stream, x.mask, x.grad_stream)
+        assert grad_mask is not None
+        return grad_mask
+
+    return call
 
 
 def _addmm_backward(x: Operands) -> Callable[[], Tensor]:

@@ -5,7 +5,7 @@ costs lower it, and operands that outgrow a cache raise it.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ def cases(target: Target) -> Iterator[Case]:
     if not target.quick:
         small = Shape(layers=6, vocabulary=4096, batch=4, tokens=32)
     points = 4 if target.quick else 5
-    yield _step("tokens", small, {4 * 32 * 2**i: {"batch": 4 * 2**i} for i in range(points)}, LINEAR, target, True)
-    depths = (2, 4, 8) if target.quick else (2, 4, 8, 12)
-    yield _step("layers", small, {layers: {"layers": layers} for layers in depths}, LAYERS, target, True)
+    batches = {4 * 32 * 2**i: {"batch": 4 * 2**i} for i in range(points)}
+    depths = {layers: {"layers": layers} for layers in ((2, 4, 8) if target.quick else (2, 4, 8, 12))}
+    yield _step("tokens", small, batches, LINEAR, target)
+    yield _step("tokens", small, batches, LINEAR, target, published=True)
+    yield _step("layers", small, depths, LAYERS, target)
     sparse = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98)
     yield _sparsity(small, sparse[::2] if target.quick else sparse, target)
 
@@ -62,20 +64,26 @@ def _read_point(shape: ops.Shape, target: Target, nothing: Any) -> Variant:
 
 
 def _step(
-    axis: str, shape: Shape, points: dict[int, dict[str, int]], exponents: tuple[float, float], target: Target, memory: bool
+    axis: str,
+    shape: Shape,
+    points: dict[int, dict[str, int]],
+    exponents: tuple[float, float],
+    target: Target,
+    published: bool = False,
 ) -> Case:
     shapes = {f"{value}": Shape(**{**_sizes(shape), **changes}) for value, changes in points.items()}
+    make = step.published_step if published else step.fastcircuit_step
     return Case(
         suite="scaling",
-        name="training step",
+        name="published training step" if published else "training step",
         shape=f"{axis}: {shape}",
         dtype="float32",
         device=target.device,
         setup=lambda: None,
-        variants={name: functools.partial(_step_point, each, target) for name, each in shapes.items()},
+        variants={name: functools.partial(_step_point, make, each, target) for name, each in shapes.items()},
         axis=axis,
         exponents=exponents,
-        counts_memory=memory,
+        counts_memory=True,
     )
 
 
@@ -83,8 +91,8 @@ def _sizes(shape: Shape) -> dict[str, Any]:
     return {name: getattr(shape, name) for name in Shape.__dataclass_fields__}
 
 
-def _step_point(shape: Shape, target: Target, nothing: Any) -> Variant:
-    return step.fastcircuit_step(step.Operands(shape, target.device))
+def _step_point(make: Callable[[step.Operands], Variant], shape: Shape, target: Target, nothing: Any) -> Variant:
+    return make(step.Operands(shape, target.device))
 
 
 def _sparsity(shape: Shape, sparsities: tuple[float, ...], target: Target) -> Case:

@@ -18,6 +18,7 @@ from fastcircuit.evaluation.reference import Reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 
+QUICK = Shape(layers=3, vocabulary=8192, batch=2, tokens=32)
 LONG = 10**6  # steps of a run that never gets sparser
 
 
@@ -26,7 +27,7 @@ def cases(target: Target) -> Iterator[Case]:
     for name in names:
         yield step_case(name, SHAPES[name], target)
     if target.quick:
-        yield step_case("GPT-2 small, 3 layers", Shape(layers=3), target)
+        yield step_case("GPT-2 small, 3 layers", QUICK, target)
 
 
 def step_case(name: str, shape: Shape, target: Target) -> Case:
@@ -158,5 +159,3 @@ def published_batch(operands: Operands) -> dict[str, Tensor]:
         "start": torch.full((shape.batch,), shape.tokens - 1),
         "end": torch.full((shape.batch,), shape.tokens),
     }
-
-
