@@ -57,11 +57,11 @@ def machine(row: Row) -> str:
     return f"{widest}, {row.threads} threads"
 
 
-def measure(cases: Sequence[Case], budget: Budget = BUDGET, on_case: OnCase | None = None) -> Results:
-    return run(cases, Target("cpu", quick=True), budget=budget, on_case=on_case)
+def measure(cases: Sequence[Case], budget: Budget | None = None, on_case: OnCase | None = None) -> Results:
+    return run(cases, Target("cpu", quick=True), budget=budget or BUDGET, on_case=on_case)
 
 
-def check(results: Results, path: Path = FILE) -> list[Checked]:
+def check(results: Results, path: Path | None = None) -> list[Checked]:
     """The measured ratios of our variants that have a floor on this machine.
 
     Raises:
@@ -70,7 +70,7 @@ def check(results: Results, path: Path = FILE) -> list[Checked]:
     rows = [row for row in results.rows if row.ratio is not None]
     if not rows:
         return []
-    here = _read(path).get(machine(rows[0]), {})
+    here = _read(path or FILE).get(machine(rows[0]), {})
     if not here:
         raise InputError(
             f"there are no floors for {machine(rows[0])}; record them on a quiet machine: `fastcircuit bench check "
@@ -84,7 +84,7 @@ def check(results: Results, path: Path = FILE) -> list[Checked]:
     ]
 
 
-def check_twice(on_case: OnCase | None = None, path: Path = FILE) -> tuple[list[Checked], list[str]]:
+def check_twice(on_case: OnCase | None = None, path: Path | None = None) -> tuple[list[Checked], list[str]]:
     """Measure and check; what looks like a drop is measured again, longer, and only that counts."""
     cases = checked_cases()
     results = measure(cases, on_case=on_case)
@@ -98,13 +98,14 @@ def check_twice(on_case: OnCase | None = None, path: Path = FILE) -> tuple[list[
     return kept + check(second, path), [*results.problems, *second.problems]
 
 
-def update(results: Results, cases: Sequence[Case], path: Path = FILE) -> int:
+def update(results: Results, cases: Sequence[Case], path: Path | None = None) -> int:
     """Write the measured ratios of our variants as this machine's floors; returns how many."""
     ours = {(case.key, name) for case in cases for name in case.ours}
     rows = [row for row in results.rows if row.ratio is not None and (row.case, row.variant) in ours]
     if not rows:
         raise InputError("nothing was measured, so there are no floors to write")
-    known = _read(path) if path.exists() else {}
+    path = path or FILE
+    known = _read(path)
     known[machine(rows[0])] = {_name(row): round(row.ratio or 0.0, 3) for row in rows}
     write_json(path, {"format": FORMAT, "commit": rows[0].commit, "date": rows[0].date, "floors": known})
     return len(rows)

@@ -13,9 +13,10 @@ from fastcircuit.benchmarks.suites import ops
 from fastcircuit.benchmarks.timing import Clock
 from fastcircuit.errors import RunError
 from fastcircuit.ops import masked_read, masked_read_backward_
-from tests.bench.toys import QUICK, measured, sleeper, toy
+from tests.bench.toys import QUICK, measured, claims, toy
 
 SHAPE = ops.Shape(5, 7, 6, 11)
+REAL = Clock(lambda: None)
 
 
 def without_last_writer(x):
@@ -62,11 +63,11 @@ WRONG = {
 @pytest.mark.parametrize(("direction", "make"), [(key, make) for key, makes in WRONG.items() for make in makes])
 def test_a_wrong_kernel_is_red_and_has_no_number(direction, make, dtype):
     case = ops.read_case("toy", SHAPE, direction, dtype, QUICK)
-    right = measured(case)
+    right = measured(case, timer=REAL)
     assert right.problems == []
     assert {row.variant for row in right.rows} == {"fastcircuit", "torch.addmm"}
     case = dataclasses.replace(case, variants={**case.variants, "wrong": functools.partial(ops.variant, make)})
-    found = measured(case)
+    found = measured(case, timer=REAL)
     assert found.rows == []
     assert len(found.problems) == 1
     assert "wrong: " in found.problems[0]
@@ -87,7 +88,7 @@ class Later:
 def test_a_clock_that_does_not_wait_is_caught():
     case = toy(baseline=None)
     case = dataclasses.replace(case, variants={"fastcircuit": lambda _: Variant(lambda: Later(0.03), lambda: None)})
-    found = measured(case)
+    found = measured(case, timer=REAL)
     assert found.rows == []
     assert "the device was not synchronised" in found.problems[0]
 
@@ -103,7 +104,7 @@ def test_a_clock_that_waits_is_believed():
     clock.check(call)
     assert clock.seconds(call) >= 0.03
     with pytest.raises(RunError, match="was not synchronised"):
-        Clock(lambda: None).check(call)
+        REAL.check(call)
 
 
 def test_a_ratio_above_its_bound_fails():
@@ -132,7 +133,7 @@ def test_variants_are_closed_whatever_happens():
     close = functools.partial(closed.append, True)
     for wrong in (None, "it is wrong"):
         case = dataclasses.replace(
-            toy(baseline=None), variants={"fastcircuit": lambda _, wrong=wrong: sleeper(0.001, wrong, close=close)}
+            toy(baseline=None), variants={"fastcircuit": lambda _, wrong=wrong: claims(0.001, wrong, close=close)}
         )
         measured(case)
     assert closed == [True, True]

@@ -1,5 +1,6 @@
 """What does not depend on masks: computed once per example, where the published method runs the model every step."""
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -46,7 +47,7 @@ class Operands:
     @torch.no_grad()
     def truth(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities at the answers, of the clean and of the corrupted prompts, in float64."""
-        model = random_model(self.shape, self.ids.device.type).double()
+        model = copy.deepcopy(self.model).double()
         logits = (model(ids).logits[:, -1] for ids in (self.ids, self.corrupted_ids))
         clean, corrupted = (torch.log_softmax(x, -1) for x in logits)
         return clean, corrupted

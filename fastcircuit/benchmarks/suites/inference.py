@@ -1,5 +1,6 @@
 """Submodels of a random GPT-2 beside the Hugging Face model: eager, sdpa and compiled, logits of the last position."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -80,7 +81,7 @@ class Operands:
     @torch.no_grad()
     def ablated(self) -> Tensor:
         """The truth of the submodel: the model in float64, whose removed heads and MLPs write zero."""
-        model = random_model(self.shape, self.ids.device.type).double()
+        model = copy.deepcopy(self.model).double()
         width = self.shape.width // self.shape.heads
         for layer, block in enumerate(model.transformer.h):
             keep = torch.from_numpy(self.kept.heads[layer]).to(self.ids.device).repeat_interleave(width).double()
@@ -93,7 +94,7 @@ class Operands:
     @functools.cached_property
     def full(self) -> Tensor:
         """The truth of the model, in float64."""
-        return self.logits(random_model(self.shape, self.ids.device.type).double())()
+        return self.logits(copy.deepcopy(self.model).double())()
 
     def check(self, result: Tensor, truth: Tensor) -> str | None:
         terms = model_terms(self.shape.layers, self.shape.width)
@@ -106,8 +107,8 @@ def submodel(operands: Operands, compiled: bool = False) -> Variant:
 
 
 def original(attention: str, operands: Operands, compiled: bool = False) -> Variant:
-    """The Hugging Face model with one of its attention implementations."""
-    model = random_model(operands.shape, operands.ids.device.type)
+    """The Hugging Face model with one of its attention implementations; the weights are shared."""
+    model = copy.deepcopy(operands.model, {id(weight): weight for weight in operands.model.parameters()})
     model.set_attn_implementation(attention)
     return _variant(operands.logits(model), compiled, lambda result: operands.check(result, operands.full))
 

@@ -1,5 +1,6 @@
 """One Edge Pruning training step at its densest: ours, our formula in plain torch, and the published method's."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,7 +91,7 @@ class Operands:
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
         """KL and its gradients by the published form in float64."""
-        model = random_model(self.shape, self.device).double()
+        model = copy.deepcopy(self.model).double()
         published = PublishedEdgePruning(model)
         edge, node = (value.double().requires_grad_() for value in (self.edge, self.node))
         batch = published_batch(self)
