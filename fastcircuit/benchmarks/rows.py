@@ -84,16 +84,20 @@ _READ: dict[str, Callable[[str], Any]] = {
 }
 
 
+def files(directory: Path, rows: Sequence[Row]) -> list[Path]:
+    """Where ``rows`` belong: ``directory/DEVICE.csv``."""
+    return [directory / f"{slug(device)}.csv" for device in dict.fromkeys(row.device for row in rows)]
+
+
 def append(directory: Path, rows: Sequence[Row]) -> list[Path]:
-    """Append ``rows`` to ``directory/DEVICE.csv``, whole rows or nothing; returns the files.
+    """Append ``rows`` to their files, whole rows or nothing; returns the files.
 
     Raises:
         InputError: a file there has other columns.
         RunError: a file cannot be written.
     """
-    paths = []
-    for device in dict.fromkeys(row.device for row in rows):
-        path = directory / f"{slug(device)}.csv"
+    paths = files(directory, rows)
+    for path in paths:
         if path.exists() and path.stat().st_size:
             _check_header(path)
         text = io.StringIO()
@@ -103,7 +107,7 @@ def append(directory: Path, rows: Sequence[Row]) -> list[Path]:
             with path.open("ab") as file:
                 if file.tell() == 0:
                     writer.writeheader()
-                writer.writerows(row.to_dict() for row in rows if row.device == device)
+                writer.writerows(row.to_dict() for row in rows if files(directory, [row]) == [path])
                 start = file.tell()
                 try:
                     file.write(text.getvalue().encode())
@@ -114,7 +118,6 @@ def append(directory: Path, rows: Sequence[Row]) -> list[Path]:
                     raise
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror or error}; choose another --results") from error
-        paths.append(path)
     return paths
 
 

@@ -41,6 +41,7 @@ def run(
     budget: Budget | None = None,
     timer: Clock | None = None,
     on_case: OnCase | None = None,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
 ) -> Results:
     """Measure ``cases`` one after the other.
 
@@ -49,6 +50,7 @@ def run(
         budget: time per case; None: that of the target.
         timer: the clock; None: the device's.
         on_case: called with a case's key, how many are done and how many there are.
+        keep: called with the rows of every case as soon as there are any, so that an interrupted run keeps them.
     """
     results = Results()
     with pinned_threads(threads) as count:
@@ -56,7 +58,10 @@ def run(
             if on_case is not None:
                 on_case(case.key, number, len(cases))
             measure = _Measurement(case, target, count, budget or (QUICK if target.quick else FULL))
-            results.add(measure.run(timer or clock(case.device)))
+            found = measure.run(timer or clock(case.device))
+            if found.rows:
+                keep(found.rows)
+            results.add(found)
         if on_case is not None and cases:
             on_case(cases[-1].key, len(cases), len(cases))
     return results

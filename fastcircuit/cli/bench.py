@@ -1,5 +1,6 @@
 """``fastcircuit bench [SUITE]``: one command per suite, and those about measurements."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -54,10 +55,12 @@ def run_suite(suite: str, device: Device, quick: bool, threads: int | None, resu
     target = Target(choose_device(device.value), quick)
     cases = load(suite, target)
     with watch(stderr) as watcher:
-        found = run(cases, target, threads=threads, on_case=watcher.on_case)
+        found = run(
+            cases, target, threads=threads, on_case=watcher.on_case, keep=functools.partial(rows.append, results)
+        )
     grown = curves(found.rows, cases)
     problems = found.problems + [problem for curve in grown if (problem := curve.problem()) is not None]
-    files = rows.append(results, found.rows)
+    files = rows.files(results, found.rows)
     if as_json:
         shown = [row.to_dict() for row in found.rows]
         print_json({"suite": suite, "rows": shown, "files": [str(file) for file in files], "problems": problems})

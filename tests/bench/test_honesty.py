@@ -13,7 +13,7 @@ from fastcircuit.benchmarks.suites import ops
 from fastcircuit.benchmarks.timing import Clock
 from fastcircuit.errors import RunError
 from fastcircuit.ops import masked_read, masked_read_backward_
-from tests.bench.toys import QUICK, measured, claims, toy
+from tests.bench.toys import QUICK, claims, measured, toy
 
 SHAPE = ops.Shape(5, 7, 6, 11)
 REAL = Clock(lambda: None)

@@ -79,7 +79,7 @@ def test_a_curve_that_is_too_steep_fails(toys, run):
     case = toy(baseline=None, axis="tokens", exponents=(0.6, 1.4))
     variants = {x: lambda _, s=s: toy(fast=s).variants["fastcircuit"](None) for x, s in points.items()}
     toys(type(case)(**{**vars(case), "variants": variants}))
-    code, out, err = run("bench", "scaling", "--quick")
+    code, _, err = run("bench", "scaling", "--quick")
     assert code == 1
     assert "p50_ms grows with tokens to the " in err
     assert "accepted: 0.6 to 1.4" in err
