@@ -12,7 +12,7 @@ from fastcircuit.benchmarks.rows import Row, latest
 from fastcircuit.files import write_atomically
 
 OURS, THEIRS = "#0b6e99", ("#c9742b", "#7a7a7a", "#8c5aa8", "#4d8b57")
-WIDTH = 8.0
+WIDTH, CAPTION = 8.0, 0.45  # inches
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -28,16 +28,19 @@ STYLE: Any = {
 
 def draw_all(rows: Sequence[Row], directory: Path) -> tuple[list[Path], dict[str, str]]:
     """Draw every picture there are rows for; returns the files, and the suite that each missing one needs."""
+    from matplotlib import rc_context
+
     found = _one_device(rows)
     drawn: list[Path] = []
     missing = {}
-    for name, (suite, draw) in PICTURES.items():
-        chosen = [row for row in found if suite == "all" or row.suite == suite]
-        figure = draw(chosen)
-        if figure is None:
-            missing[name] = suite
-        else:
-            drawn += _save(figure, directory / name, chosen)
+    with rc_context(STYLE):
+        for name, (suite, draw) in PICTURES.items():
+            chosen = [row for row in found if suite == "all" or row.suite == suite]
+            figure = draw(chosen)
+            if figure is None:
+                missing[name] = suite
+            else:
+                drawn += _save(figure, directory / name, chosen)
     return drawn, missing
 
 
@@ -67,9 +70,9 @@ def roofline(rows: Sequence[Row]) -> Any:
         x = np.geomspace(min(intensity.values()) / 2, max(intensity.values()) * 2, 100)
         peak = max(row.matmul_gflops or 0 for row in of_dtype)
         streams = sorted(row.stream_gbs or 0 for row in of_dtype)
-        for stream, style, name in ((streams[-1], "-", "in cache"), (streams[0], "--", "from memory")):
-            axis.plot(x, np.minimum(peak, stream * x), style, color="black", lw=1, label=f"{stream:.0f} GB/s {name}")
-        axis.axhline(peak, color="black", lw=0.5, ls=":", label=f"{peak:.0f} GFLOP/s")
+        for stream, style in dict(zip((streams[-1], streams[0]), ("-", "--"), strict=True)).items():
+            label = f"{stream:.3g} GB/s, {peak:.3g} GFLOP/s"
+            axis.plot(x, np.minimum(peak, stream * x), style, color="black", lw=1, label=label)
         names = _variants(of_dtype)
         for name in names:
             points = [row for row in of_dtype if row.variant == name]
@@ -81,12 +84,13 @@ def roofline(rows: Sequence[Row]) -> Any:
                     marker,
                     color=_colour(name, names),
                     ms=5,
-                    label=name if direction == "forward" else None,
+                    label=f"{name}, {direction}",
                 )
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", title=f"masked_read, {dtype}")
+        for ticks in (axis.xaxis, axis.yaxis):
+            _plain_log_ticks(ticks)
         axis.legend(fontsize=7, loc="lower right")
     axes[0].set_ylabel("GFLOP/s")
-    figure.supxlabel("o forward, ^ backward", fontsize=8, y=0.02)
     return figure
 
 
@@ -103,15 +107,19 @@ def speedups(rows: Sequence[Row]) -> Any:
         [ratio - (row.ratio_low or 0.0) for ratio, row in zip(ratios, rows, strict=True)],
         [(row.ratio_high or 0.0) - ratio for ratio, row in zip(ratios, rows, strict=True)],
     ]
-    axis.barh(range(len(rows)), ratios, xerr=errors, color=OURS, height=0.6, error_kw={"lw": 1, "ecolor": "#333333"})
+    widths = [ratio - 1 for ratio in ratios]
+    lines = {"lw": 1, "ecolor": "#333333"}
+    axis.barh(range(len(rows)), widths, left=1, xerr=errors, color=OURS, height=0.6, error_kw=lines)
     for place, row in enumerate(rows):
         if row.bound:
             axis.plot([row.bound] * 2, [place - 0.35, place + 0.35], color=THEIRS[0], lw=2)
-        axis.text((row.ratio_high or 0) * 1.06, place, f"{row.ratio:.3g}x {row.baseline}", va="center", fontsize=7.5)
+        right = max(row.ratio_high or 0, row.bound or 0, 1) * 1.06
+        axis.text(right, place, f"{row.ratio:.3g}x {row.baseline}", va="center", fontsize=7.5)
     axis.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
     axis.axvline(1, color="black", lw=0.8)
     axis.set(xscale="log", xlabel="times as fast as the baseline of the same run (orange: what the work left allows)")
-    axis.set_xlim(min(0.5, *ratios), max(row.ratio_high or 1 for row in rows) * 6)
+    axis.set_xlim(min(0.8, *(row.ratio_low or 1 for row in rows)) / 1.1, max(row.ratio_high or 1 for row in rows) * 4)
+    _plain_log_ticks(axis.xaxis)
     axis.set_title("Speed-up, median of ratios within rounds")
     return figure
 
@@ -133,7 +141,7 @@ def sparsity(rows: Sequence[Row]) -> Any:
 
 
 def latency(rows: Sequence[Row]) -> Any:
-    """Milliseconds of a prefill, model and submodel; a tick where the work left puts the least."""
+    """Time of a prefill, model and submodel, relative to the baseline; a tick at the least that its work allows."""
     if not rows:
         return None
     cases = sorted({(row.name, row.shape) for row in rows})
@@ -145,18 +153,22 @@ def latency(rows: Sequence[Row]) -> Any:
         ticks.append((place + (len(of_case) - 1) / 2, f"{case[0]}\n{case[1]}"))
         for name in [name for name in names[::-1] if name in of_case]:
             row = of_case[name]
-            spread = [[row.p50_ms - row.p20_ms], [row.p80_ms - row.p50_ms]]
-            axis.barh(place, row.p50_ms, xerr=spread, color=_colour(name, names), height=0.8, error_kw={"lw": 1})
-            axis.text(row.p80_ms * 1.03, place, f"{row.p50_ms:.3g}", va="center", fontsize=7)
-            if row.bound and row.baseline in of_case:
-                least = of_case[row.baseline].p50_ms / row.bound
-                axis.plot([least] * 2, [place - 0.45, place + 0.45], color="black", lw=1.5)
+            whole = of_case.get(row.baseline, row).p50_ms
+            spread = [[(row.p50_ms - row.p20_ms) / whole], [(row.p80_ms - row.p50_ms) / whole]]
+            axis.barh(
+                place, row.p50_ms / whole, xerr=spread, color=_colour(name, names), height=0.8, error_kw={"lw": 1}
+            )
+            right = max(row.p80_ms / whole, 1 / row.bound if row.bound else 0.0) + 0.015
+            axis.text(right, place, _milliseconds(row.p50_ms), va="center", fontsize=7)
+            if row.bound:
+                axis.plot([1 / row.bound] * 2, [place - 0.45, place + 0.45], color="black", lw=1.5)
             place += 1
         place += 0.8
     axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7)
     handles = [_patch(_colour(name, names), name) for name in names]
     axis.legend(handles=handles, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(names))
-    axis.set(xscale="log", xlabel="ms per batch, p20 to p80 (black tick: the least its work allows)")
+    axis.set_xlabel("time per batch over the baseline's, p20 to p80 (black tick: the least that its work allows)")
+    axis.margins(x=0.08)
     return figure
 
 
@@ -183,7 +195,7 @@ def _curves(found: Sequence[Curve], xlabel: str, ylabel: str, scale: float, log:
         axis.set(xscale="log", yscale="log")
         axis.set_xticks(sorted(found[0].points), [f"{value:g}" for value in sorted(found[0].points)])
         axis.minorticks_off()
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _plain_log_ticks(axis.yaxis)
     else:
         axis.set_ylim(bottom=0)
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -194,24 +206,20 @@ def _curves(found: Sequence[Curve], xlabel: str, ylabel: str, scale: float, log:
 
 
 def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height + 0.6), layout="constrained")
-        return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    figure = Figure(figsize=(WIDTH, height + CAPTION), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
 
 
 def _save(figure: Any, path: Path, rows: Sequence[Row]) -> list[Path]:
-    from matplotlib import rc_context
-
-    figure.get_layout_engine().set(rect=(0, 0.6 / figure.get_figheight(), 1, 1 - 0.6 / figure.get_figheight()))
+    caption = CAPTION / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, caption, 1, 1 - caption))
     figure.text(0.01, 0.01, _conditions(rows), fontsize=6.5, color="#444444", va="bottom")
     written = []
     for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 160})):
-        with rc_context(STYLE):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, **options)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, **options)
         target = path.with_suffix(f".{kind}")
         write_atomically(target, functools.partial(_write, buffer.getvalue()))
         written.append(target)
@@ -257,6 +265,19 @@ def _colour(name: str, names: Sequence[str]) -> str:
         return "#63b3d4"
     others = [other for other in names if not other.startswith("fastcircuit")]
     return THEIRS[others.index(name) % len(THEIRS)]
+
+
+def _plain_log_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, 20, ... as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _patch(colour: str, name: str) -> Any:

@@ -154,6 +154,6 @@ def test_pictures_of_what_there_is(tmp_path):
     for path in drawn:
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG") if path.suffix == ".png" else b"cpu toy, 2 threads, avx2 fma" in data
-    again, missing = draw_all(rows[-2:], tmp_path / "again")
+    _, missing = draw_all(rows[-2:], tmp_path / "again")
     assert missing == {"roofline": "ops", "memory": "scaling", "sparsity": "scaling"}
     assert (tmp_path / "again" / "latency.svg").read_bytes() == (tmp_path / "latency.svg").read_bytes()

@@ -2,6 +2,8 @@
 
 import gc
 import math
+import shutil
+import sys
 
 import pytest
 import torch
@@ -96,14 +98,15 @@ def test_a_suite_that_is_not_there():
         load("speed", QUICK)
 
 
-def test_peak_memory_is_that_of_the_variant():
+def test_peak_memory_is_that_of_the_variant(monkeypatch):
     case = next(case for case in load("scaling", QUICK) if case.counts_memory)
     few, many = (
         peak_bytes(case, name, QUICK, 1) for name in (min(case.variants, key=int), max(case.variants, key=int))
     )
     assert 0 < few < many
-    with pytest.raises(RunError, match="the peak memory of nothing could not be measured"):
-        peak_bytes(case, "nothing", QUICK, 1)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RunError, match="the peak memory of 1 could not be measured: exit code 1"):
+        peak_bytes(case, "1", QUICK, 1)
 
 
 def test_sparse_points_skip_what_is_off():
@@ -111,7 +114,7 @@ def test_sparse_points_skip_what_is_off():
     case = next(case for case in load("scaling", QUICK) if case.axis == "sparsity")
     operands = case.setup()
     run = scaling.step.edge_pruning(operands)
-    scaling._turn_off(run, 0.9)
+    scaling._turn_off(run, 0.8)
     masks = run.parameters.sample(torch.Generator().manual_seed(0))
-    assert (masks.edge == 0).float().mean() == pytest.approx(0.9, abs=0.01)
-    assert case.variants["0.9"](operands).check() is None
+    assert (masks.edge == 0).float().mean() == pytest.approx(0.8, abs=0.01)
+    assert case.variants["0.8"](operands).check() is None
