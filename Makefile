@@ -12,10 +12,10 @@ BUILT := $(VENV)/.built
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS:%=-c %)
 CUDA := import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: nothing was run")
 
-.PHONY: help setup demo test lint bench test-gpu bench-gpu
+.PHONY: help setup demo test lint bench bench-check bench-record bench-plot test-gpu bench-gpu
 
 help:  ## say what each target does
-	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(BUILT)  ## create .venv and install the package, editable, with its development tools
 
@@ -47,8 +47,17 @@ lint: setup  ## style and types
 test: lint  ## style, types and tests
 	$(BIN)/python -m pytest -q -n auto
 
-bench: setup  ## benchmarks
-	$(BIN)/python -m pytest -q bench
+bench: setup  ## benchmarks, quick: every suite in about a minute; rows in runs/bench
+	$(BIN)/fastcircuit bench --quick
+
+bench-check: setup  ## ratios against the committed floors; fails when one dropped by more than 20 %
+	$(BIN)/fastcircuit bench check
+
+bench-record: setup  ## benchmarks in full, rows appended to bench/results (commit first; a quiet machine)
+	$(BIN)/fastcircuit bench --results bench/results
+
+bench-plot: setup  ## draw the rows of bench/results: the pictures of the README
+	$(BIN)/fastcircuit bench plot --results bench/results --out bench/pictures
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'
@@ -57,3 +66,4 @@ test-gpu: setup  ## the tests that need a CUDA device
 bench-gpu: setup  ## the benchmarks that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'
 	$(BIN)/python -m pytest -q -m gpu bench
+	$(BIN)/fastcircuit bench --device cuda --quick

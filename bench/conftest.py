@@ -9,6 +9,8 @@ ROWS: list[tuple[str, str]] = []
 
 def pytest_addoption(parser):
     parser.addoption("--check-floors", action="store_true", help="fail when a ratio is below its committed floor")
+    parser.addoption("--full", action="store_true", help="the full cases of the registry, not the quick ones")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the registry's cases run")
     parser.addoption("--record", action="store_true", help="append what was measured to bench/results/*.csv")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.cases import masked_read as case
+from fastcircuit.benchmarks.suites import ops as case
 
 pytestmark = [
     pytest.mark.gpu,

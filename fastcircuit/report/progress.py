@@ -43,6 +43,10 @@ class Watcher(ABC):
         """After a phase at a batch size was timed."""
         self._show("time", done, most, "calls timed")
 
+    def on_case(self, case: str, done: int, most: int) -> None:
+        """Before a benchmark case is measured, and after the last one."""
+        self._show("bench", done, most, case)
+
     @abstractmethod
     def _show(self, name: str, done: int, total: int, numbers: str) -> None: ...
 

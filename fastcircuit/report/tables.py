@@ -83,6 +83,58 @@ def speed_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def bench_table(rows: list[dict[str, Any]], curves: list[str]) -> Group:
+    """Benchmark rows (see :class:`fastcircuit.benchmarks.rows.Row`), a table per case, and the fitted curves."""
+    tables = []
+    for case in dict.fromkeys((row["suite"], row["name"], row["shape"], row["dtype"]) for row in rows):
+        of_case = [row for row in rows if (row["suite"], row["name"], row["shape"], row["dtype"]) == case]
+        table = Table(of_case[0]["axis"] or "variant", "p50, ms", "p20 to p80", "ratio", "95 %", "of floor", "peak, MB")
+        table.title, table.title_justify = ", ".join(case[1:]), "left"
+        for row in of_case:
+            with_parts = f" (1 of {row['parts']})" if row["parts"] > 1 else ""
+            table.add_row(
+                row["variant"] + with_parts,
+                f"{row['p50_ms']:.4g}",
+                f"{row['p20_ms']:.4g} to {row['p80_ms']:.4g}",
+                _short(row["ratio"]) + (f" (bound {row['bound']:.3g})" if row["bound"] else ""),
+                "-" if row["ratio"] is None else f"{row['ratio_low']:.3g} to {row['ratio_high']:.3g}",
+                "-" if row["percent_of_floor"] is None else f"{row['percent_of_floor']:.0f} %",
+                "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            )
+        tables.append(table)
+    return Group(*tables, *curves)
+
+
+def change_table(changes: list[dict[str, Any]], old: str, new: str) -> Table:
+    """What :func:`fastcircuit.benchmarks.compare.compare` found."""
+    table = Table("case", "variant", f"{old}, ms", f"{new}, ms", "speed-up", "noise band", "ratio", "memory", "verdict")
+    for change in changes:
+        table.add_row(
+            change["case"],
+            change["variant"],
+            f"{change['old_ms']:.4g}",
+            f"{change['new_ms']:.4g}",
+            f"{change['speedup']:.3g}",
+            f"{change['low']:.3g} to {change['high']:.3g}",
+            f"{_short(change['old_ratio'])}, {_short(change['new_ratio'])}",
+            _short(change["memory"]),
+            change["verdict"],
+        )
+    return table
+
+
+def floor_table(checked: list[dict[str, Any]]) -> Table:
+    """Ratios beside their floors."""
+    table = Table("case", "variant", "floor", "ratio")
+    for found in checked:
+        table.add_row(found["case"], found["variant"], _short(found["floor"]), _short(found["ratio"]))
+    return table
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
 def info_table(found: dict[str, Any]) -> Table:
     """What :func:`fastcircuit.system.system_info` found."""
     table = Table("what", "here", show_lines=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bench.baselines.edge_pruning_step import PublishedEdgePruning, expected_mask, sample_mask
+from fastcircuit.benchmarks.baselines.edge_pruning_step import PublishedEdgePruning, expected_mask, sample_mask
 
 VOCABULARY, LENGTH = 19, 7
 

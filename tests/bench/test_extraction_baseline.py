@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.cases.extraction import extract, opinionated, published
-from bench.cases.training_step import Shape, random_model
+from fastcircuit.benchmarks.models import Shape, random_model
+from fastcircuit.benchmarks.suites.extraction import extract, opinionated, published
 
 SMALL = Shape(layers=3, heads=4, width=32, vocabulary=101, batch=20, tokens=9)
 

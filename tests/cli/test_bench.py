@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fastcircuit.benchmarks import floors, rows
+from tests.bench.toys import BELIEVING, row, toy
+
 
 @pytest.fixture
 def submodel(shelf, run):
@@ -37,9 +40,96 @@ def test_where_the_original_is_not_any_more(submodel, shelf, refuses):
     refuses("bench submodel sub --original stories260K", "the models have vocabularies of 512 and 41 tokens")
 
 
+@pytest.fixture
+def toys(monkeypatch):
+    """``toys(case, ...)``: what every suite holds, measured in no time."""
+    monkeypatch.setattr("fastcircuit.benchmarks.runner.clock", lambda device: BELIEVING)
+    return lambda *cases: monkeypatch.setattr("fastcircuit.benchmarks.registry.load", lambda suite, target: cases)
+
+
+def test_a_suite_prints_its_table_and_appends_rows(toys, run, answer):
+    toys(toy())
+    code, out, err = run("bench", "ops", "--quick", "--threads", "1")
+    assert code == 0, err
+    assert "fastcircuit" in out
+    assert "toy/sleep" in err
+    first = rows.read(Path("runs/bench"))
+    assert [(found.variant, found.quick, found.threads) for found in first] == [
+        ("fastcircuit", True, 1),
+        ("slow", True, 1),
+    ]
+    found = answer("bench", "--results", "runs/bench")
+    assert (found["suite"], found["problems"]) == ("all", [])
+    assert rows.read(Path("runs/bench"))[:2] == first
+    assert [new["variant"] for new in found["rows"]] == ["fastcircuit", "slow"]
+    assert len(rows.read(Path("runs/bench"))) == 4
+
+
+def test_a_red_gate_fails_after_the_rest_is_kept(toys, run):
+    toys(toy("bad", wrong="3 of 4 numbers are off"), toy("good"))
+    code, out, err = run("bench", "step", "--json")
+    assert code == 1
+    assert err.splitlines()[-1] == "error: toy/bad/small/float32: fastcircuit: 3 of 4 numbers are off"
+    assert {new["name"] for new in json.loads(out)["rows"]} == {"good"}
+    assert {kept.name for kept in rows.read(Path("runs/bench"))} == {"good"}
+
+
+def test_a_curve_that_is_too_steep_fails(toys, run):
+    points = {"1": 0.001, "2": 0.008, "4": 0.064}
+    case = toy(baseline=None, axis="tokens", exponents=(0.6, 1.4))
+    variants = {x: lambda _, s=s: toy(fast=s).variants["fastcircuit"](None) for x, s in points.items()}
+    toys(type(case)(**{**vars(case), "variants": variants}))
+    code, _, err = run("bench", "scaling", "--quick")
+    assert code == 1
+    assert "p50_ms grows with tokens to the " in err
+    assert "accepted: 0.6 to 1.4" in err
+
+
+def test_compare_files(run, answer):
+    rows.append(Path("old"), [row()])
+    rows.append(Path("new"), [row(p20_ms=4.5, p50_ms=5.0, p80_ms=5.5)])
+    (change,) = answer("bench", "compare", "old", "new")["changes"]
+    assert (change["speedup"], change["verdict"]) == (2.0, "faster")
+    code, out, _ = run("bench", "compare", "old", "new")
+    assert code == 0
+    assert "faster" in out
+
+
+def test_check_and_its_floors(toys, run, answer, monkeypatch):
+    monkeypatch.setattr(floors, "FILE", Path("floors.json").absolute())
+    monkeypatch.setattr(floors, "SUITES", ("ops",))
+    monkeypatch.setattr(floors, "load", lambda suite, target: [toy()])
+    code, _, err = run("bench", "check")
+    assert code == 2
+    assert "there are no floors for" in err
+    (written,) = answer("bench", "check", "--update")["ratios"]
+    assert written["floor"] == pytest.approx(written["ratio"], abs=1e-3)
+    assert answer("bench", "check")["problems"] == []
+    stored = json.loads(floors.FILE.read_text())
+    stored["floors"] = {here: dict.fromkeys(names, 100.0) for here, names in stored["floors"].items()}
+    floors.FILE.write_text(json.dumps(stored))
+    code, _, err = run("bench", "check", "--json")
+    assert code == 1
+    assert "its floor is 100" in err
+
+
+def test_plot(run, answer):
+    rows.append(Path("results"), [row(suite="inference", bound=5.0), row(suite="inference", variant="sdpa")])
+    found = answer("bench", "plot", "--results", "results", "--out", "pictures")
+    assert sorted(path.name for path in Path("pictures").iterdir()) == sorted(Path(f).name for f in found["files"])
+    assert found["missing"] == {"roofline": "ops", "memory": "scaling", "sparsity": "scaling"}
+
+
 BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "suite": ("bench nothing", "No such command 'nothing'"),
+    "options before the suite": ("bench --quick ops", "options come behind the suite: fastcircuit bench ops --..."),
+    "threads": ("bench ops --threads 0", "Invalid value for '--threads'"),
+    "results in a file": ("bench ops --quick --results {shelf}/pairs.jsonl", "cannot write into"),
+    "device": ("bench ops --device tpu", "Invalid value for '--device'"),
+    "nothing to compare": ("bench compare nothing nothing", "nothing is neither a results file nor a commit"),
+    "suite of commits": ("bench compare HEAD HEAD --suite x", "no suite 'x'; suites: ops,"),
+    "nothing to plot": ("bench plot --results nowhere", "results file nowhere does not exist"),
     "no directory": ("bench submodel", "Missing argument"),
     "wrong directory": (
         "bench submodel nothing",

@@ -118,7 +118,9 @@ class PublishedAttribution:
 
         def watch(x: Tensor, seen: int, first: int) -> Tensor:
             if scores is not None:
-                x.register_hook(lambda grad: self._score(scores, difference[:, :, :seen], grad, first))
+                assert difference is not None
+                rows = difference[:, :, :seen]
+                x.register_hook(lambda grad: self._score(scores, rows, grad, first))
             return x
 
         note(0, stream)

@@ -5,9 +5,12 @@ of the candidate and, again, of the current model. Left out, in its favour: the 
 its hooks make the model write out.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import GPT2LMHeadModel
 
 
@@ -20,9 +23,10 @@ class PublishedExtraction:
 
     def __init__(self, model: GPT2LMHeadModel, patching: Tensor, validation: Tensor, threshold: float) -> None:
         self.model, self.validation, self.threshold = model, validation, threshold
+        self.blocks: list[Any] = list(model.transformer.h)
         self.layers, self.heads = model.config.n_layer, model.config.n_head
         self.removed: list[tuple[int, int]] = []
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.hooks: list[RemovableHandle] = []
         self.means: dict[nn.Module, Tensor] = {}
         self._record_means(patching)
         self.original = F.log_softmax(self._logits(), dim=-1)
@@ -65,14 +69,14 @@ class PublishedExtraction:
         def note_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.means[module] = output.mean(0)
 
-        hooks = [block.attn.c_proj.register_forward_pre_hook(note) for block in self.model.transformer.h]
-        hooks += [block.mlp.register_forward_hook(note_output) for block in self.model.transformer.h]
+        hooks = [block.attn.c_proj.register_forward_pre_hook(note) for block in self.blocks]
+        hooks += [block.mlp.register_forward_hook(note_output) for block in self.blocks]
         self.model(patching, use_cache=False)
         for hook in hooks:
             hook.remove()
 
-    def _ablate(self, layer: int, component: int) -> torch.utils.hooks.RemovableHandle:
-        block = self.model.transformer.h[layer]
+    def _ablate(self, layer: int, component: int) -> RemovableHandle:
+        block = self.blocks[layer]
         if component == self.heads:
             return block.mlp.register_forward_hook(lambda module, inputs, output: self.means[module].expand_as(output))
         width = self.model.config.n_embd // self.heads

@@ -1,0 +1,130 @@
+"""Submodels of a random GPT-2 beside the Hugging Face model: eager, sdpa and compiled, logits of the last position."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcircuit.benchmarks.case import Case, Target, Variant
+from fastcircuit.benchmarks.gate import model_terms, problem
+from fastcircuit.benchmarks.models import GPT2_SMALL, Shape, random_ids, random_model
+from fastcircuit.submodel.compile import compile_submodel
+from fastcircuit.submodel.kept import Constants, Kept
+from fastcircuit.submodel.speed import work_of
+
+TOKENS = 16
+CIRCUITS = {"2 heads, 12 MLPs": (2, 12), "9 heads, 5 MLPs": (9, 5), "2 heads, 3 MLPs": (2, 3)}
+ANSWERS = (5, 9)
+
+
+def cases(target: Target) -> Iterator[Case]:
+    batches = (8,) if target.quick else (1, 8, 32)
+    chosen: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name in CIRCUITS]
+    chosen.append(("2 heads, 3 MLPs", ANSWERS))
+    for circuit, answers in chosen[2:] if target.quick else chosen:
+        for batch in batches:
+            yield _case(circuit, answers, Shape(batch=batch, tokens=TOKENS), target)
+
+
+def _case(circuit: str, answers: tuple[int, ...] | None, shape: Shape, target: Target) -> Case:
+    variants: dict[str, Callable[[Operands], Variant]] = {
+        "fastcircuit": submodel,
+        "sdpa": functools.partial(original, "sdpa"),
+        "eager": functools.partial(original, "eager"),
+    }
+    if not target.quick:
+        variants["fastcircuit, compiled"] = functools.partial(submodel, compiled=True)
+        variants["sdpa, compiled"] = functools.partial(original, "sdpa", compiled=True)
+    logits = "" if answers is None else f", logits of {len(answers)} tokens"
+    return Case(
+        suite="inference",
+        name=f"prefill, {circuit}{logits}",
+        shape=f"GPT-2 small, {shape.batch} x {shape.tokens}",
+        dtype="float32",
+        device=target.device,
+        setup=functools.partial(Operands, circuit, answers, shape, target.device),
+        variants=variants,
+        baseline="sdpa",
+        bound=Operands.bound,
+        bounded=("fastcircuit",),
+        ours=("fastcircuit",),
+    )
+
+
+class Operands:
+    """The model, its submodel, and prompts."""
+
+    def __init__(self, circuit: str, answers: Sequence[int] | None, shape: Shape, device: str) -> None:
+        self.shape, self.answers = shape, answers
+        self.model = random_model(shape, device)
+        self.kept, constants = spread(GPT2_SMALL, *CIRCUITS[circuit])
+        self.smaller = compile_submodel(
+            self.model, self.kept, constants, answer_tokens=answers, last_position_only=answers is not None
+        ).eval()
+        self.smaller.to(device)
+        self.ids = random_ids(shape).to(device)
+
+    def logits(self, model: Any) -> Callable[[], Tensor]:
+        """A call that gives logits ``[B, 1, V or A]``."""
+        return torch.no_grad()(lambda: model(input_ids=self.ids, logits_to_keep=1, use_cache=False).logits)
+
+    def bound(self) -> float:
+        """Of the work of both models (see :meth:`fastcircuit.submodel.speed.Work.ratio`)."""
+        full, smaller = (self.logits(model) for model in (self.model, self.smaller))
+        return work_of(lambda: full).ratio(work_of(lambda: smaller))
+
+    @functools.cached_property
+    @torch.no_grad()
+    def ablated(self) -> Tensor:
+        """The truth of the submodel: the model in float64, whose removed heads and MLPs write zero."""
+        model = copy.deepcopy(self.model).double()
+        width = self.shape.width // self.shape.heads
+        for layer, block in enumerate(model.transformer.h):
+            keep = torch.from_numpy(self.kept.heads[layer]).to(self.ids.device).repeat_interleave(width).double()
+            block.attn.c_proj.register_forward_pre_hook(lambda module, inputs, keep=keep: (inputs[0] * keep,))
+            if not self.kept.mlps[layer]:
+                block.mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+        logits = self.logits(model)()
+        return logits if self.answers is None else logits[..., list(self.answers)]
+
+    @functools.cached_property
+    def full(self) -> Tensor:
+        """The truth of the model, in float64."""
+        return self.logits(copy.deepcopy(self.model).double())()
+
+    def check(self, result: Tensor, truth: Tensor) -> str | None:
+        terms = model_terms(self.shape.layers, self.shape.width)
+        return problem([(result, truth, float(truth.abs().max()))], terms, torch.float32)
+
+
+def submodel(operands: Operands, compiled: bool = False) -> Variant:
+    call = operands.logits(operands.smaller)
+    return _variant(call, compiled, lambda result: operands.check(result, operands.ablated))
+
+
+def original(attention: str, operands: Operands, compiled: bool = False) -> Variant:
+    """The Hugging Face model with one of its attention implementations; the weights are shared."""
+    model = copy.deepcopy(operands.model, {id(weight): weight for weight in operands.model.parameters()})
+    model.set_attn_implementation(attention)
+    return _variant(operands.logits(model), compiled, lambda result: operands.check(result, operands.full))
+
+
+def _variant(call: Callable[[], Tensor], compiled: bool, check: Callable[[Tensor], str | None]) -> Variant:
+    if compiled:
+        torch.compiler.reset()  # of one function only a few variants are compiled, and the others run eagerly
+        call = torch.compile(call, dynamic=False)
+    return Variant(call, lambda: check(call()))
+
+
+def spread(shape: Shape, heads: int, mlps: int) -> tuple[Kept, Constants]:
+    """So many heads and MLPs, spread over the layers; the rest writes zero."""
+    layers, count, width = shape.layers, shape.heads, shape.width // shape.heads
+    kept = Kept(np.zeros((layers, count), dtype=bool), np.zeros(layers, dtype=bool))
+    for number in range(heads):
+        kept.heads[layers // 2 + number % (layers // 2), number] = True
+    kept.mlps[np.linspace(0, layers - 1, mlps).round().astype(int)] = True
+    return kept, Constants(torch.zeros(layers, count, 1, width), torch.zeros(layers, 1, shape.width))
