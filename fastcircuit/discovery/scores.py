@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.discovery.rounding import check_num_edges, top_circuit
@@ -103,6 +105,25 @@ class Scores:
         tensors = {"edge": torch.from_numpy(self.edge.copy()), "node": torch.from_numpy(self.node.copy())}
         metadata = {"format": "fastcircuit.scores/1"}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], graph: Graph, ablation: Ablation = "interchange") -> "Scores":
+        """Read what :meth:`save` wrote, or a discovery's ``masks.safetensors``.
+
+        Raises:
+            InputError: no such file, no scores in it, scores of another graph, or a score that is NaN.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"scores file {path} does not exist")
+        try:
+            tensors = load_file(path)
+            edge, node = (tensors[name].double().numpy() for name in ("edge", "node"))
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"scores file {path} cannot be read: {error}; it needs tensors edge and node") from None
+        try:
+            return cls(graph, edge, node, ablation)
+        except InputError as error:
+            raise InputError(f"scores file {path}: {error}") from None
 
 
 def node_scores(graph: Graph, edge: np.ndarray) -> np.ndarray:

@@ -1,15 +1,19 @@
 """Tables for the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from fastcircuit.circuit import Circuit
+from fastcircuit.evaluation.registry import METRICS
+
+_ITSELF = {"kl": "0", "exact_match": "1", "kendall_tau": "1"}  # the full model compared with itself
 
 
 def metrics_table(circuit: Circuit) -> Group:
-    """A circuit's size and its metrics, circuit beside full model where both exist."""
+    """A circuit's size and its metrics with their intervals, circuit beside full model where both exist."""
     graph = circuit.graph
     head = (
         f"{circuit.num_edges} of {graph.num_edges} edges ({circuit.sparsity:.1%} removed), {len(circuit.nodes)} writers"
@@ -19,13 +23,10 @@ def metrics_table(circuit: Circuit) -> Group:
         table = Table(
             "metric", "circuit", "full model", title=f"{circuit.task or 'task'}, {split}", title_justify="left"
         )
-        for name, unit, own in (
-            ("kl", "KL(full || circuit), nats", "0"),
-            ("accuracy", "accuracy", _number(metrics, "model_accuracy")),
-            ("exact_match", "same first token", "1"),
-            ("logit_difference", "logit difference, nats", _number(metrics, "model_logit_difference")),
-        ):
-            table.add_row(unit, _number(metrics, name), own)
+        for name, metric in METRICS.items():
+            if name in metrics:
+                own = _number(metrics, f"model_{name}") if metric.of_model else _ITSELF[name]
+                table.add_row(metric.label, _number(metrics, name) + _interval(metrics, name), own)
         parts += [table, f"on {metrics['examples']} prompts"]
     return Group(*parts)
 
@@ -68,6 +69,16 @@ def extraction_table(found: dict[str, Any], task: str) -> Group:
     return Group(kept, sizes, metrics, *ties)
 
 
+def sweep_table(rows: Sequence[dict[str, Any]], task: str, split: str) -> Table:
+    """Means over seeds, with deviations, of every method at every size (see ``fastcircuit.sweep.tables.summary``)."""
+    names = [name for name in METRICS if any(name in row for row in rows)]
+    table = Table("method", "edges", "sparsity", *(METRICS[name].label for name in names), title=f"{task}, {split}")
+    for row in rows:
+        numbers = [_number(row, name) + _deviation(row, name) for name in names]
+        table.add_row(row["method"], f"{row['edges']:.0f}", f"{row['sparsity']:.1%}", *numbers)
+    return table
+
+
 def speed_table(rows: list[dict[str, Any]]) -> Table:
     """Medians of both models, the speed-up, and its bound from the work that is left (see ``SpeedRow``)."""
     table = Table("phase", "batch", "tokens", "original, ms", "submodel, ms", "speed-up", "bound")
@@ -98,6 +109,16 @@ def info_table(found: dict[str, Any]) -> Table:
     for key in ("architectures", "models", "tasks"):
         table.add_row(key, ", ".join(found[key]))
     return table
+
+
+def _interval(metrics: dict[str, Any], name: str) -> str:
+    bounds = metrics.get("intervals", {}).get(name)
+    return "" if bounds is None else f" ({bounds[0]:.4f} to {bounds[1]:.4f})"
+
+
+def _deviation(values: dict[str, Any], name: str) -> str:
+    deviation = values.get(f"{name}_deviation")
+    return "" if deviation is None else f" +- {deviation:.3f}"
 
 
 def _number(values: dict[str, Any], name: str) -> str:
