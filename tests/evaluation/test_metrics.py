@@ -102,7 +102,7 @@ def test_the_task_decides_which_metrics_apply():
     names = {name for name in evaluate(model, full, make_task()) if not name.startswith("model_")}
     assert names == {"kl", "accuracy", "exact_match", "logit_difference", "probability_difference", "examples"}
     assert evaluate(model, full, ordered_task())["kendall_tau"] == pytest.approx(1)
-    with pytest.raises(InputError, match="needs answers that have an order, which task .* has not; its metrics are kl"):
+    with pytest.raises(InputError, match=r"needs answers that have an order, which .* has not; its metrics are kl"):
         evaluate(model, full, make_task(), metrics=["probability_difference_10"])
     with pytest.raises(InputError, match="no metric 'KL'; metrics are kl, accuracy"):
         evaluate(model, full, make_task(), metrics=["KL"])
