@@ -45,7 +45,7 @@ lint: setup  ## style and types
 	$(BIN)/mypy
 
 test: lint  ## style, types and tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 bench: setup  ## benchmarks
 	$(BIN)/python -m pytest -q bench

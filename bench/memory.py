@@ -1,7 +1,11 @@
-"""Peak memory of one case in its own process: ``python -m bench.memory fastcircuit`` prints bytes above the weights."""
+"""Peak memory of one case in its own process: ``python -m bench.memory fastcircuit`` prints bytes above the weights.
+
+Cases: a training step (``fastcircuit``, ``published``), or an attribution (``eap-ours``, ``eap-ig-published``, ...).
+"""
 
 import sys
 
+from bench.cases import attribution
 from bench.cases.training_step import GPT2_SMALL, STEPS, random_model
 
 
@@ -14,7 +18,8 @@ def status(field: str) -> int:
 def main() -> None:
     model = random_model(GPT2_SMALL)
     with_weights = status("VmRSS")
-    step = STEPS[sys.argv[1]](model, GPT2_SMALL)
+    case = sys.argv[1]
+    step = STEPS[case](model, GPT2_SMALL) if case in STEPS else attribution.CALLS[case](model)
     for _ in range(2):
         step()
     print(status("VmHWM") - with_weights)

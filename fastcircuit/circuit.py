@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastcircuit.errors import InputError
-from fastcircuit.files import read_json, write_json
+from fastcircuit.files import write_json
 from fastcircuit.graph import EMBEDDING_NODES, FINAL_READ, Graph
 
 FORMAT = "fastcircuit.circuit/1"
@@ -160,45 +160,33 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], graph: Graph | None = None) -> "Circuit":
-        """Read ``circuit.json``, or, when ``graph`` says what it is over, an Edge Pruning ``edges.json``.
+        """Read a ``circuit.json``, or a circuit in another tool's file (see :mod:`fastcircuit.formats`).
+
+        Args:
+            graph: the model's, for files that do not say what they are of, and to check or convert the others.
 
         Raises:
             InputError: no such file, not a circuit, or a circuit of another graph than ``graph``.
         """
-        value = read_json(path, "circuit")
-        try:
-            if isinstance(value, list):
-                return cls._from_edge_list(value, graph)
-            return cls._from_dict(value, graph)
-        except InputError as error:
-            raise InputError(f"circuit file {path}: {error}") from None
+        from fastcircuit.formats import read
+
+        return read(path, graph).circuit
 
     @classmethod
-    def _from_edge_list(cls, edges: list[Any], graph: Graph | None) -> "Circuit":
-        if graph is None:
-            raise InputError("a plain edge list does not say which model it is of; name the model")
-        return cls.from_edges(graph, edges)
-
-    @classmethod
-    def _from_dict(cls, value: Any, graph: Graph | None) -> "Circuit":
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            found = value.get("format") if isinstance(value, dict) else type(value).__name__
-            raise InputError(
-                f'its "format" is {found!r}; accepted: "{FORMAT}", or an edge list [[writer, reader], ...]'
-            )
+    def from_dict(cls, value: Mapping[str, Any]) -> "Circuit":
+        """The circuit that :meth:`to_dict` wrote."""
         fields = ("graph", "model", "task", "ablation", "edges", "nodes", "metrics", "provenance")
         missing = [name for name in fields if name not in value]
         if missing:
             raise InputError(f"it has no {', '.join(repr(name) for name in missing)}")
-        own = _graph_from_dict(value["graph"])
-        if graph is not None and own != graph:
-            raise InputError(f"it is over {_describe(own)}; this model has {_describe(graph)}")
         about = {name: value[name] for name in ("model", "task", "ablation", "metrics", "provenance")}
-        return cls.from_edges(own, _checked_edges(value["edges"]), **about)
+        return cls.from_edges(_graph_from_dict(value["graph"]), _checked_edges(value["edges"]), **about)
 
     def save_edge_list(self, path: str | os.PathLike[str]) -> None:
-        """Write the Edge Pruning code's ``edges.json``: a list of ``[writer, reader]``, writer by writer."""
-        write_json(path, [list(edge) for edge in self.edges])
+        """Write the Edge Pruning code's ``edges.json``: a list of ``[writer, reader]``."""
+        from fastcircuit.formats import write
+
+        write(path, self, "edge-pruning")
 
 
 def _checked_edges(edges: Any) -> list[Any]:
@@ -215,13 +203,6 @@ def _graph_from_dict(value: Any) -> Graph:
     if not all(isinstance(number, int) for number in numbers) or value["embedding_nodes"] not in EMBEDDING_NODES:
         raise InputError(f'its "graph" is malformed: {value}')
     return Graph(**value)
-
-
-def _describe(graph: Graph) -> str:
-    return (
-        f"{graph.num_layers} layers of {graph.num_heads} heads ({graph.num_kv_heads} key/value heads), "
-        f"embedding nodes {graph.embedding_nodes!r}"
-    )
 
 
 def _drop_unread(graph: Graph, keep: np.ndarray) -> np.ndarray:

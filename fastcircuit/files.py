@@ -1,9 +1,11 @@
 """Whole-file writes and readable errors for the files a user names."""
 
+import gzip
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,24 +112,39 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file atomically, two spaces of indent and a final newline."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: str | os.PathLike[str], value: Any, compact: bool = False) -> None:
+    """Write a JSON file atomically, two spaces of indent and a final newline, or on one line; ``.gz`` is compressed."""
+    if compact:
+        text = json.dumps(value, allow_nan=False)
+    else:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if Path(path).suffix == ".gz":
+        packed = gzip.compress(text.encode("utf-8"), mtime=0)
+        write_atomically(path, lambda temporary: _write_bytes(temporary, packed))
+    else:
+        write_text(path, text)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """Read a JSON file; ``what`` names it in errors ("circuit", "edge list").
+    """Read a JSON file, plain or gzipped; ``what`` names it in errors ("circuit", "edge list").
 
     Raises:
         InputError: no such file, not text, or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = Path(path).read_bytes()
+        return json.loads((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{what} file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"{what} file {path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"{what} file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
         ) from None
+    except RecursionError:
+        raise InputError(f"{what} file {path} is nested too deep to be one") from None

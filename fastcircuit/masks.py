@@ -20,7 +20,7 @@ EPSILON = 1e-6
 # A log-alpha at this level or above samples exactly 1 almost always: where training starts.
 INITIAL_LOG_ALPHA = 10.0
 # Distance, in log-alpha, between "certainly 0" and the level where 0 has probability one half.
-_ZERO_LEVEL = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
+ZERO_LEVEL = TEMPERATURE * math.log(-STRETCH[0] / STRETCH[1])
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def sample_at(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
 def probability_of_zero(log_alpha: Tensor) -> Tensor:
     """``P(z = 0) = sigmoid(T ln(0.1 / 1.1) - log_alpha)``: closed form, differentiable."""
-    return torch.sigmoid(_ZERO_LEVEL - log_alpha)
+    return torch.sigmoid(ZERO_LEVEL - log_alpha)
 
 
 def soft_value(log_alpha: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ ROOT = Path(fastcircuit.__file__).parent
 LAYERS = [
     {"errors", "files", "interrupts", "_C"},
     {"ops", "zoo"},
-    {"graph", "circuit", "masks"},
+    {"graph", "circuit", "masks", "formats"},
     {"models"},
     {"tasks", "evaluation"},
     {"discovery", "extraction", "submodel"},

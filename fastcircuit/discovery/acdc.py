@@ -24,7 +24,7 @@ from fastcircuit.evaluation.reference import Reference
 
 MOST_EXAMPLES = 256
 BATCH_BYTES = 2**28
-COPY_BYTES = 2**26
+COPY_BYTES = 2**24
 COLUMNS = ("edge", "rise", "removed", "kl")
 
 OnEdge = Callable[[int, int, float], None]

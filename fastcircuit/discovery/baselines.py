@@ -82,19 +82,23 @@ def find(
         InputError: the size is said in no way or in two, or is more than the graph has.
     """
 
-    def report(done: int, most: int, *_: float) -> None:
-        if on_progress is not None:
-            on_progress(method, done, most)
-
     choose = _choice(model, method, settings, sparsity, edges)
     if method == "acdc":
         reference = Reference(
             model, task.split("train"), settings.ablation, settings.output_bias, task.answer_tokens, budget=0
         )
-        found = greedy.acdc(reference, _acdc_threshold(settings), report)
+        found = greedy.acdc(reference, _acdc_threshold(settings), _reporter(method, on_progress))
         scores = Scores(model.graph, found.rises, node_scores(model.graph, found.rises), settings.ablation)
         return Circuit(model.graph, found.keep, ablation=settings.ablation).pruned(), scores, found.history
-    scores = attribution.attribute(
+    scores = scores_of(model, task, method, settings, on_progress)
+    return choose(scores), scores, np.zeros((0, len(greedy.COLUMNS)))
+
+
+def scores_of(
+    model: MaskedCausalLM, task: Task, method: str, settings: BaselineSettings, on_progress: OnProgress | None = None
+) -> Scores:
+    """The scores of an attribution on the train split."""
+    return attribution.attribute(
         model,
         task,
         method,
@@ -103,9 +107,16 @@ def find(
         ablation=settings.ablation,
         output_bias=settings.output_bias,
         seed=settings.seed,
-        on_batch=report,
+        on_batch=_reporter(method, on_progress),
     )
-    return choose(scores), scores, np.zeros((0, len(greedy.COLUMNS)))
+
+
+def _reporter(method: str, on_progress: OnProgress | None) -> Callable[..., None]:
+    def report(done: int, most: int, *_: float) -> None:
+        if on_progress is not None:
+            on_progress(method, done, most)
+
+    return report
 
 
 def _choice(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -107,6 +108,7 @@ def discover(
         raise InputError("edge-pruning takes Settings, not BaselineSettings")
     settings = (settings or Settings()).changed(changes)
     num_edges = _edges_wanted(model, settings, sparsity, edges)
+    ranking = None if resume else _warm_ranking(model, task, settings, on_progress)
     train = task.split("train")
     reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
     run = EdgePruning(
@@ -114,6 +116,7 @@ def discover(
         num_edges or model.graph.num_edges,
         settings,
         {"model": model.about, "graph": dataclasses.asdict(model.graph), "task": task.name, "examples": len(train)},
+        ranking,
     )
     path = None if checkpoint is None else Path(checkpoint)
     if resume:
@@ -122,6 +125,16 @@ def discover(
         run.resume(path)
     run.run(path, on_report=on_report)
     return _finish(run, task, num_edges, on_round)
+
+
+def _warm_ranking(
+    model: MaskedCausalLM, task: Task, settings: Settings, on_progress: OnProgress | None
+) -> np.ndarray | None:
+    """What a warm start ranks the edges by, ``[num_edges]``."""
+    if settings.warm_start is None:
+        return None
+    start = BaselineSettings(ablation=settings.ablation, output_bias=settings.output_bias, seed=settings.seed)
+    return baselines.scores_of(model, task, settings.warm_start, start, on_progress).ranking()
 
 
 def _baseline(

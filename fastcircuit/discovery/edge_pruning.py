@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,16 +51,27 @@ class EdgePruning:
         reference: the training examples, with the full model's answers.
         num_edges: edges the circuit should end with.
         identity: what run this is (model, task), kept in checkpoints and compared on resuming.
+        ranking: of the edges, ``[num_edges]``, for a warm start.
     """
 
     def __init__(
-        self, reference: Reference, num_edges: int, settings: Settings, identity: dict[str, Any] | None = None
+        self,
+        reference: Reference,
+        num_edges: int,
+        settings: Settings,
+        identity: dict[str, Any] | None = None,
+        ranking: np.ndarray | None = None,
     ) -> None:
         self.reference, self.settings = reference, settings
         self.model = reference.model
         self.generator = torch.Generator(self.model.device)
         self.parameters = MaskParameters(
-            self.model.graph, settings, num_edges, self.generator.manual_seed(settings.seed), self.model.mask_dtype
+            self.model.graph,
+            settings,
+            num_edges,
+            self.generator.manual_seed(settings.seed),
+            self.model.mask_dtype,
+            ranking,
         )
         self.optimizer = self.parameters.optimizer()
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

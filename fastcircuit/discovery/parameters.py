@@ -8,10 +8,21 @@ from torch import Tensor, nn
 
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.graph import Graph
-from fastcircuit.masks import Lagrangian, Masks, edge_writers, probability_of_zero, sample, target_sparsity
+from fastcircuit.masks import (
+    ZERO_LEVEL,
+    Lagrangian,
+    Masks,
+    edge_writers,
+    probability_of_zero,
+    sample,
+    sample_at,
+    target_sparsity,
+)
 
 _INITIAL_SPREAD = 0.01
 _OVERSHOOT, _DENSE = 0.15, 0.075
+# A warm start leaves this many times the edges asked for on, or a tenth of the graph if that is more.
+_WARM_SURPLUS, _WARM_DENSITY = 4.0, 0.1
 
 
 def default_edge_target(density: float) -> float:
@@ -24,11 +35,27 @@ def default_edge_target(density: float) -> float:
     return 1 - density + max(0.0, _OVERSHOOT * math.log(_DENSE / density))
 
 
+def warm_density(num_edges: int, total: int) -> float:
+    """The fraction of edges that a warm start leaves on, of which ``num_edges`` are wanted in the end."""
+    return min(0.9, max(_WARM_DENSITY, _WARM_SURPLUS * num_edges / total))
+
+
+def warm_log_alphas(ranking: np.ndarray, density: float) -> Tensor:
+    """Log-alphas in the order of ``ranking`` ``[num_edges]``, with a ``density`` of masks on: float64 ``[num_edges]``.
+
+    The edge at quantile q (0: the best) gets ``a0 + logit(density) - logit(q)``; at ``a0`` a mask is 0 half the time.
+    """
+    order = np.argsort(np.argsort(-ranking, kind="stable"), kind="stable")
+    quantile = torch.from_numpy((order + 0.5) / len(order))
+    return ZERO_LEVEL + math.log(density / (1 - density)) - torch.logit(quantile)
+
+
 class MaskParameters(nn.Module):
     """Log-alphas ``edge`` ``[num_edges]`` and ``node`` ``[num_writers]``, and the multipliers of both sparsities.
 
     Args:
         num_edges: edges the circuit should end with; sets the edge target unless the settings give one.
+        ranking: of the edges, ``[num_edges]``, for a warm start.
     """
 
     def __init__(
@@ -38,6 +65,7 @@ class MaskParameters(nn.Module):
         num_edges: int,
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
+        ranking: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         self.graph, self.settings, self.num_edges = graph, settings, num_edges
@@ -48,6 +76,13 @@ class MaskParameters(nn.Module):
             )
             for size in (graph.num_edges, graph.num_writers)
         )
+        self.first_target = 0.0
+        if settings.warm_start is not None:
+            density, places = warm_density(num_edges, graph.num_edges), np.arange(graph.num_edges)
+            medians = sample_at(warm_log_alphas(places, density), torch.tensor(0.5, dtype=torch.float64))
+            self.first_target = 1 - float(medians.mean())
+            if ranking is not None:
+                self.edge.data.copy_(warm_log_alphas(ranking, density))
         self.edge_multipliers = Lagrangian(settings.linear_term)
         self.node_multipliers = Lagrangian(settings.linear_term)
         self.to(generator.device)
@@ -92,7 +127,8 @@ class MaskParameters(nn.Module):
         goal = settings.edge_target
         if goal is None:
             goal = default_edge_target(self.num_edges / self.graph.num_edges)
-        target = target_sparsity(step, settings.sparsity_warmup, goal, settings.schedule)
+        start = min(self.first_target, goal)
+        target = target_sparsity(step, settings.sparsity_warmup, goal, settings.schedule, start)
         sparsity = self.edge_sparsity(masks)
         penalty = self.edge_multipliers(sparsity, target)
         if settings.node_target is not None:
@@ -103,8 +139,7 @@ class MaskParameters(nn.Module):
     @torch.no_grad()
     def scores(self) -> np.ndarray:
         """Log-probability that an edge is on, ``ln P(z_edge > 0) + ln P(z_node > 0)``, float64 ``[num_edges]``."""
-        level = math.log(1 / 11) * 2 / 3
-        edge, node = (nn.functional.logsigmoid(value.double() - level) for value in (self.edge, self.node))
+        edge, node = (nn.functional.logsigmoid(value.double() - ZERO_LEVEL) for value in (self.edge, self.node))
         if not self.settings.node_masks:
             return edge.cpu().numpy()
         return (edge + node[edge_writers(self.graph, node.device)]).cpu().numpy()

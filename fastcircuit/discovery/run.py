@@ -7,8 +7,9 @@ from typing import Any
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
-from fastcircuit.discovery.discovery import discover
+from fastcircuit.discovery.discovery import METHODS, discover
 from fastcircuit.discovery.edge_pruning import Report
+from fastcircuit.discovery.presets import preset
 from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
@@ -17,6 +18,17 @@ from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
 OnReport = Callable[[Report], None]
+
+
+def settings_for(method: str, preset_name: str | None, changes: dict[str, Any]) -> Settings | BaselineSettings:
+    """The settings of a method, from a preset of Edge Pruning or its defaults, with ``changes``; unknown ones named."""
+    if method not in METHODS:
+        raise InputError(f"no method {method!r}; methods are {', '.join(METHODS)}")
+    if method == "edge-pruning":
+        return (preset(preset_name) if preset_name else Settings()).changed(changes)
+    if preset_name:
+        raise InputError(f"presets are of edge-pruning; method {method} has none")
+    return BaselineSettings().changed(changes)
 
 
 class Run:

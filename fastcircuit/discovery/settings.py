@@ -30,6 +30,8 @@ class Settings:
         silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published
             code still counts when it clips.
         initial_log_alpha: where every log-alpha starts.
+        warm_start: an attribution (``eap-ig``, ...) whose ranking the log-alphas of edges start from instead; the edge
+            target then starts where that leaves the masks. None: from nothing.
         sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
         weight_decay: of AdamW, on log-alphas and multipliers.
@@ -57,6 +59,7 @@ class Settings:
     node_target: float | None = None
     silent_node_target: float | None = None
     initial_log_alpha: float = 10.0
+    warm_start: str | None = None
     sparsity_estimate: str = "sampled"
     linear_term: bool = True
     weight_decay: float = 0.01

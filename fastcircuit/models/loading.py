@@ -1,7 +1,7 @@
 """Models and tokenizers by name, with one clear line when that fails."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastcircuit import zoo
@@ -17,6 +18,8 @@ from fastcircuit.graph import EmbeddingNodes
 from fastcircuit.models.masked import MaskedCausalLM, check_supported, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# Weights that do not fit are listed in Hugging Face's report, instead of in its log.
+REPORTING: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 _FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
 
@@ -37,7 +40,9 @@ def load_model(
             raise InputError(
                 f"model {name!r}: weight {parameter_name} holds NaN or infinity; mend or re-download the file"
             )
-    return MaskedCausalLM(model.to(device), embedding_nodes)
+    masked = MaskedCausalLM(model.to(device), embedding_nodes)
+    masked.name = name  # not the directory a shipped model lies in here
+    return masked
 
 
 def choose_device(name: str) -> str:
@@ -65,16 +70,35 @@ def _read_model(name: str, dtype: torch.dtype) -> Any:
     try:
         with quiet():
             check_supported(AutoConfig.from_pretrained(path))
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **REPORTING)
     except InputError:
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise InputError(f"cannot load model {name!r}: {reason_of(error)}") from error
     model, report = loaded
+    check_all_loaded(report, f"model {name!r}")
+    return model
+
+
+def check_all_loaded(report: Mapping[str, Any], what: str) -> None:
+    """InputError unless every weight of a model was in its file and fitted; ``report`` is Hugging Face's."""
+    misfits = sorted(report["mismatched_keys"])
+    if misfits:
+        key, found, needed = misfits[0]
+        raise InputError(
+            f"{what}: {len(misfits)} weight(s) in its file are not of the shape that its config.json says, such as "
+            f"{key}: {list(found)} instead of {list(needed)}; bring the two files of one model together"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise InputError(f"model {name!r}: {len(missing)} weight(s) are not in its file, such as {missing[0]}")
-    return model
+        raise InputError(f"{what}: {len(missing)} weight(s) are not in its file, such as {missing[0]}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why loading failed, in one line."""
+    if isinstance(error, SafetensorError):
+        return f"its safetensors file is damaged or cut short ({first_line(error)}); copy it again"
+    return first_line(error)
 
 
 def locate(name: str) -> str:

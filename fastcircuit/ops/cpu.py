@@ -74,6 +74,8 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     stream = tensors[0 if op == "masked_read" else 1]
     assert stream is not None
     reasons = layout_reasons(op, tensors)
+    if tensors[-1] is not None and tensors[-1].dtype == torch.int32:
+        reasons.append("the kernels take no live list")
     if stream.device.type != "cpu":
         reasons.append(f"stream is on {stream.device}, not on the CPU")
     if stream.dtype not in _CODES:
@@ -91,7 +93,7 @@ def _unsupported_kind(name: str, tensor: Tensor | None) -> list[str]:
     return reasons
 
 
-def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
+def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: None = None) -> Tensor:
     """``base + sum_j mask[r, j] * stream[j]``."""
     writers, tokens, width = stream.shape
     readers = mask.shape[0]
@@ -117,14 +119,19 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
 
 
 def masked_read_backward_(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    live: None = None,
 ) -> Tensor | None:
     """Add ``mask^T grad_reads`` to ``grad_stream`` and return ``<grad_reads[r], stream[w]>``."""
     return _backward(grad_reads, stream, mask, grad_stream, needs_mask_grad, accumulate=True)
 
 
 def masked_read_grads(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool
+    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool, live: None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``masked_read`` as new tensors; None for one that is not needed."""
     grad_stream = POOL.empty(stream.shape, stream) if needs_stream else None

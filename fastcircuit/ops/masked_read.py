@@ -12,7 +12,14 @@ _STREAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def masked_read(
+    stream: Tensor,
+    mask: Tensor,
+    base: Tensor | None = None,
+    *,
+    live: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Read a stream of writers through a mask: ``reads[r] = base + sum_j mask[r, j] * stream[j]``.
 
     Differentiable once in ``stream``, ``mask`` and ``base``. Sums are kept in at least float32 and rounded once.
@@ -23,6 +30,10 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None = None, *, bac
             read where they are.
         mask: ``[R, W]``, one row per reader, in the dtype of ``stream``, or float32 if that is a half precision.
         base: ``[T, d]`` in the dtype of ``stream``, what every reader sees with all masks 0. None is zero.
+        live: what :func:`live_writers` says of ``mask``: only rows of live writers are touched, whatever the others
+            hold (NaN included). The reads are the same up to the order of their sums. The gradient of a row that is
+            not live is 0, and so is that of a mask which is not strictly between 0 and 1, as a clamped hard-concrete
+            sample's is. None: every row is read.
         backend: ``"auto"``, or a name from ``fastcircuit.ops.available_backends()``.
 
     Returns:
@@ -38,9 +49,10 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None = None, *, bac
     Source: the interpolated read of Edge Pruning (Bhaskar et al., 2024, section 3), in terms of differences.
     """
     _check_operands("masked_read", stream, mask, base)
+    _check_live("masked_read", live, stream)
     if plain_eager(stream) and not (torch.is_grad_enabled() and any_requires_grad(stream, mask, base)):
-        return choose("masked_read", backend, stream, mask, base)(stream, mask, base)
-    return torch.ops.fastcircuit.masked_read.default(stream, mask, base, backend)
+        return choose("masked_read", backend, stream, mask, base, live)(stream, mask, base, live)
+    return torch.ops.fastcircuit.masked_read.default(stream, mask, base, live, backend)
 
 
 def masked_read_backward_(
@@ -50,6 +62,7 @@ def masked_read_backward_(
     grad_stream: Tensor | None,
     *,
     needs_mask_grad: bool = True,
+    live: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | None:
     """Add the gradient of :func:`masked_read` to ``grad_stream`` in place and return the mask's gradient.
@@ -65,6 +78,8 @@ def masked_read_backward_(
         grad_stream: ``[W, T, d]``, float32 or in the dtype of ``stream``, sharing no memory with the other
             arguments; None if no gradient of the stream is wanted.
         needs_mask_grad: whether to compute ``grad_mask``.
+        live: as in :func:`masked_read`: other rows are neither read nor added to, and ``grad_mask`` is 0 where the mask
+            is not strictly between 0 and 1.
         backend: as in :func:`masked_read`.
 
     Returns:
@@ -83,13 +98,44 @@ def masked_read_backward_(
     _check_gradients("masked_read_backward_", grad_reads, stream, mask, grad_stream)
     if torch.is_grad_enabled() and any_requires_grad(grad_reads, stream, mask, grad_stream):
         raise InputError("masked_read_backward_: a tensor requires grad; call it under torch.no_grad()")
+    _check_live("masked_read_backward_", live, stream)
     if plain_eager(stream):
-        run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream)
-        return run(grad_reads, stream, mask, grad_stream, needs_mask_grad)
+        run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream, live)
+        return run(grad_reads, stream, mask, grad_stream, needs_mask_grad, live)
     grad_mask = torch.ops.fastcircuit.masked_read_backward_.default(
-        grad_reads, stream, mask, grad_stream, needs_mask_grad, backend
+        grad_reads, stream, mask, grad_stream, needs_mask_grad, live, backend
     )
     return grad_mask if needs_mask_grad else None
+
+
+def live_writers(mask: Tensor, *, backend: str = "auto") -> Tensor:
+    """Order the writers by what their masks ask for; nothing is copied to the host.
+
+    A writer is live if a reader's mask of it is not 0, and open if one is strictly between 0 and 1: only its masks have
+    a gradient. To leave out a reader too, set its row of ``mask`` to 0.
+
+    Args:
+        mask: ``[R, W]``, floating point.
+        backend: as in :func:`masked_read`.
+
+    Returns:
+        int32 ``[W + 2]``: how many writers are open, how many are live, then the writers: first the open ones, then the
+        other live ones, then the rest, each in ascending order.
+
+    Raises:
+        InputError: ``mask`` is not a matrix of floating point numbers.
+    """
+    if mask.dim() != 2 or mask.dtype not in _STREAM_DTYPES:
+        raise InputError(
+            f"live_writers: mask is {mask.dtype} {list(mask.shape)}; accepted is [R, W] of float32, float64, bfloat16"
+            " or float16"
+        )
+    return torch.ops.fastcircuit.live_writers.default(mask, backend)
+
+
+def _check_live(op: str, live: Tensor | None, stream: Tensor) -> None:
+    if live is not None:
+        _check_like(op, "live", live, (stream.shape[0] + 2,), (torch.int32,), stream)
 
 
 def _check_operands(op: str, stream: Tensor, mask: Tensor, base: Tensor | None) -> None:

@@ -19,10 +19,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
+def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor | None = None) -> Tensor:
     """``base + sum_j mask[r, j] * stream[j]``, rounded once to the dtype of ``stream``."""
     wide = accumulation_dtype(stream.dtype)
-    reads = mask.to(wide) @ stream.flatten(1).to(wide)
+    reads = mask.to(wide) @ _live_rows(stream, live).flatten(1).to(wide)
     reads = reads.unflatten(1, stream.shape[1:])
     if base is not None:
         reads = reads + base.to(wide)
@@ -30,7 +30,12 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
 
 
 def masked_read_backward_(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    live: Tensor | None = None,
 ) -> Tensor | None:
     """Add ``mask^T grad_reads`` to ``grad_stream`` and return ``<grad_reads[r], stream[w]>``."""
     wide = accumulation_dtype(stream.dtype)
@@ -40,16 +45,38 @@ def masked_read_backward_(
         grad_stream.copy_(grad_stream.to(wide) + update)
     if not needs_mask_grad:
         return None
-    return (grad @ stream.flatten(1).to(wide).T).to(mask.dtype)
+    grad_mask = (grad @ _live_rows(stream, live).flatten(1).to(wide).T).to(mask.dtype)
+    return grad_mask if live is None else torch.where((mask > 0) & (mask < 1), grad_mask, 0)
 
 
 def masked_read_grads(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    needs_stream: bool,
+    needs_mask: bool,
+    live: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``masked_read`` as new tensors; None for one that is not needed."""
     grad_stream = torch.zeros_like(stream, memory_format=torch.contiguous_format) if needs_stream else None
-    grad_mask = masked_read_backward_(grad_reads, stream, mask, grad_stream, needs_mask)
+    grad_mask = masked_read_backward_(grad_reads, stream, mask, grad_stream, needs_mask, live)
     return grad_stream, grad_mask
+
+
+def live_writers(mask: Tensor) -> Tensor:
+    """How many writers are open and live, then the rows of the open, of the other live, and of the dead ones."""
+    is_open, is_live = ((mask > 0) & (mask < 1)).any(0), (mask != 0).any(0)
+    order = torch.argsort(2 - is_open.int() - is_live.int(), stable=True)
+    return torch.cat([is_open.sum()[None], is_live.sum()[None], order]).int()
+
+
+def _live_rows(stream: Tensor, live: Tensor | None) -> Tensor:
+    """``stream`` with zeros for the rows that are not live, whatever they hold."""
+    if live is None:
+        return stream
+    is_live = torch.arange(len(live) - 2, device=live.device) < live[1]
+    is_live = torch.empty_like(is_live).index_copy_(0, live[2:].long(), is_live)
+    return torch.where(is_live[:, None, None], stream, 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -139,3 +166,37 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: 
     if window is not None:
         hidden |= distance.abs() >= window
     return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value.to(wide)).to(value.dtype)
+
+
+def hard_concrete(
+    log_alpha: Tensor, seed: Tensor, temperature: float, low: float, high: float, epsilon: float, zero_level: float
+) -> tuple[Tensor, Tensor]:
+    """Samples, and the probability that each is not 0; u and 1 - u are both kept, as the difference loses precision."""
+    index = torch.arange(log_alpha.numel(), device=log_alpha.device)
+    counter = (index, seed[1].expand_as(index), (seed[1] >> 32).expand_as(index), torch.zeros_like(index))
+    step = (philox(seed[0], counter)[0] >> 9).to(log_alpha.dtype) + 0.5
+    scale = (1 - 2 * epsilon) / 2**23
+    logit = torch.log(epsilon + scale * step) - torch.log(epsilon + scale * (2**23 - step))
+    concrete = torch.sigmoid((logit + log_alpha) / temperature)
+    return torch.clamp(concrete * (high - low) + low, 0, 1), torch.sigmoid(log_alpha - zero_level)
+
+
+def hard_concrete_grad(
+    grad_z: Tensor, grad_on: Tensor, z: Tensor, on: Tensor, temperature: float, low: float, high: float
+) -> Tensor:
+    """The gradient of ``log_alpha``: of a sample through the sigmoid that its value is a stretch of."""
+    concrete = (z - low) / (high - low)
+    slope = (high - low) * concrete * (1 - concrete) / temperature
+    return grad_z * torch.where((z > 0) & (z < 1), slope, 0) + grad_on * on * (1 - on)
+
+
+def philox(key: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al., 2011): four random 32-bit words per counter, all of them in int64."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = (word & mask for word in counter)
+    k0, k1 = key & mask, (key >> 32) & mask
+    for _ in range(10):
+        first, third = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps around, which leaves all 64 bits in place
+        c0, c1, c2, c3 = (third >> 32) & mask ^ c1 ^ k0, third & mask, (first >> 32) & mask ^ c3 ^ k1, first & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3

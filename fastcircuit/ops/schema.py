@@ -10,17 +10,18 @@ from fastcircuit.ops.eager import any_requires_grad, plain_eager
 _LIB = torch.library.Library("fastcircuit", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-_LIB.define("masked_read(Tensor stream, Tensor mask, Tensor? base, str backend) -> Tensor", tags=_TAGS)
+_LIB.define("masked_read(Tensor stream, Tensor mask, Tensor? base, Tensor? live, str backend) -> Tensor", tags=_TAGS)
 _LIB.define(
-    "masked_read_grads(Tensor grad_reads, Tensor stream, Tensor mask, bool needs_stream, bool needs_mask, str backend)"
-    " -> (Tensor, Tensor)",
+    "masked_read_grads(Tensor grad_reads, Tensor stream, Tensor mask, bool needs_stream, bool needs_mask,"
+    " Tensor? live, str backend) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(
     "masked_read_backward_(Tensor grad_reads, Tensor stream, Tensor mask, Tensor(a!)? grad_stream,"
-    " bool needs_mask_grad, str backend) -> Tensor",
+    " bool needs_mask_grad, Tensor? live, str backend) -> Tensor",
     tags=_TAGS,
 )
+_LIB.define("live_writers(Tensor mask, str backend) -> Tensor", tags=_TAGS)
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -29,21 +30,27 @@ def _absent(like: Tensor) -> Tensor:
 
 
 @torch.library.impl(_LIB, "masked_read", "CompositeExplicitAutograd")
-def _masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, backend: str) -> Tensor:
-    return choose("masked_read", backend, stream, mask, base)(stream, mask, base)
+def _masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor | None, backend: str) -> Tensor:
+    return choose("masked_read", backend, stream, mask, base, live)(stream, mask, base, live)
 
 
 @torch.library.register_fake("fastcircuit::masked_read", lib=_LIB)
-def _masked_read_fake(stream: Tensor, mask: Tensor, base: Tensor | None, backend: str) -> Tensor:
+def _masked_read_fake(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor | None, backend: str) -> Tensor:
     return stream.new_empty(mask.shape[0], stream.shape[1], stream.shape[2])
 
 
 @torch.library.impl(_LIB, "masked_read_grads", "CompositeExplicitAutograd")
 def _masked_read_grads(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool, backend: str
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    needs_stream: bool,
+    needs_mask: bool,
+    live: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = choose("masked_read_grads", backend, grad_reads, stream, mask)
-    grad_stream, grad_mask = run(grad_reads, stream, mask, needs_stream, needs_mask)
+    run = choose("masked_read_grads", backend, grad_reads, stream, mask, live)
+    grad_stream, grad_mask = run(grad_reads, stream, mask, needs_stream, needs_mask, live)
     return (
         _absent(stream) if grad_stream is None else grad_stream,
         _absent(mask) if grad_mask is None else grad_mask,
@@ -52,7 +59,13 @@ def _masked_read_grads(
 
 @torch.library.register_fake("fastcircuit::masked_read_grads", lib=_LIB)
 def _masked_read_grads_fake(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool, backend: str
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    needs_stream: bool,
+    needs_mask: bool,
+    live: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
         stream.new_empty(stream.shape) if needs_stream else _absent(stream),
@@ -62,42 +75,66 @@ def _masked_read_grads_fake(
 
 @torch.library.impl(_LIB, "masked_read_backward_", "CompositeExplicitAutograd")
 def _masked_read_backward_(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool, backend: str
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    live: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream)
-    grad_mask = run(grad_reads, stream, mask, grad_stream, needs_mask_grad)
+    run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream, live)
+    grad_mask = run(grad_reads, stream, mask, grad_stream, needs_mask_grad, live)
     return _absent(mask) if grad_mask is None else grad_mask
 
 
 @torch.library.register_fake("fastcircuit::masked_read_backward_", lib=_LIB)
 def _masked_read_backward_fake(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool, backend: str
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    live: Tensor | None,
+    backend: str,
 ) -> Tensor:
     return mask.new_empty(mask.shape) if needs_mask_grad else _absent(mask)
 
 
+@torch.library.impl(_LIB, "live_writers", "CompositeExplicitAutograd")
+def _live_writers(mask: Tensor, backend: str) -> Tensor:
+    return choose("live_writers", backend, mask)(mask)
+
+
+@torch.library.register_fake("fastcircuit::live_writers", lib=_LIB)
+def _live_writers_fake(mask: Tensor, backend: str) -> Tensor:
+    return mask.new_empty(mask.shape[1] + 2, dtype=torch.int32)
+
+
 def _save(ctx, inputs, output) -> None:
-    stream, mask, base, ctx.backend = inputs
+    stream, mask, base, live, ctx.backend = inputs
     needs_stream, needs_mask, *_ = ctx.needs_input_grad
     ctx.has_base = base is not None
-    ctx.save_for_backward(stream if needs_mask else None, mask if needs_stream else None)
+    # With a live list, the mask says where it has a gradient.
+    keeps_mask = needs_stream or live is not None
+    ctx.save_for_backward(stream if needs_mask else None, mask if keeps_mask else None, live)
     ctx.stream_like = (stream.shape, stream.dtype)
     ctx.mask_like = (mask.shape, mask.dtype)
 
 
 def _backward(ctx, grad_reads: Tensor):
-    needs_stream, needs_mask, needs_base, _ = ctx.needs_input_grad
-    stream, mask = ctx.saved_tensors
+    needs_stream, needs_mask, needs_base, *_ = ctx.needs_input_grad
+    stream, mask, live = ctx.saved_tensors
     grad_stream = grad_mask = None
     if needs_stream or needs_mask:
         # The op wants both operands; the one nothing reads is a placeholder one row large.
         stream = _placeholder(grad_reads, *ctx.stream_like) if stream is None else stream
         mask = _placeholder(grad_reads, *ctx.mask_like) if mask is None else mask
         grad_stream, grad_mask = torch.ops.fastcircuit.masked_read_grads.default(
-            grad_reads, stream, mask, needs_stream, needs_mask, ctx.backend
+            grad_reads, stream, mask, needs_stream, needs_mask, live, ctx.backend
         )
     grad_base = grad_reads.sum(0) if needs_base and ctx.has_base else None
-    return grad_stream if needs_stream else None, grad_mask if needs_mask else None, grad_base, None
+    return grad_stream if needs_stream else None, grad_mask if needs_mask else None, grad_base, None, None
 
 
 def _placeholder(near: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

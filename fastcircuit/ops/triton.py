@@ -6,12 +6,15 @@ import os
 import torch
 from torch import Tensor
 
+from fastcircuit.errors import InputError
 from fastcircuit.ops.layout import layout_reasons
 
 _NEEDED = {
     "triton": "pip install 'fastcircuit[gpu]' (Linux)",
     "fastcircuit_kernels.masked_read": "pip install fastcircuit",
 }
+FLOAT32_PRECISIONS = ("ieee", "tf32x3", "tf32")
+_forced_precision: str | None = None
 
 
 def _interpreted() -> bool:
@@ -30,39 +33,106 @@ def missing_reason() -> str | None:
     return None
 
 
+def force_float32_precision(name: str | None) -> None:
+    """How the kernels multiply float32 numbers from now on.
+
+    Args:
+        name: ``"ieee"`` (vector units), ``"tf32x3"`` (tensor cores, three products, error near float32's), ``"tf32"``
+            (tensor cores, 10 bits of mantissa). None: as ``torch.set_float32_matmul_precision`` says, ``"ieee"`` for
+            highest and ``"tf32"`` for high and medium.
+    """
+    global _forced_precision
+    if name is not None and name not in FLOAT32_PRECISIONS:
+        raise InputError(f"float32 precision: got {name!r}; accepted are {', '.join(FLOAT32_PRECISIONS)}")
+    _forced_precision = name
+
+
+def float32_precision() -> str:
+    """How the kernels multiply float32 numbers now."""
+    return _forced_precision or ("ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+
+
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
-    if not op.startswith("masked_read"):
-        return ["there is no Triton kernel for it yet"]
     first = next(t for t in tensors if t is not None)
-    reasons = layout_reasons(op, tensors)
+    reasons = layout_reasons(op, tensors) if op.startswith("masked_read") else []
     if first.device.type != "cuda" and not _interpreted():
-        reasons.append(f"stream is on {first.device}, not on a CUDA device")
+        reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
     return reasons
 
 
-def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None) -> Tensor:
+def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor | None = None) -> Tensor:
     """``base + sum_j mask[r, j] * stream[j]``."""
     from fastcircuit_kernels import masked_read as kernels
 
-    return kernels.masked_read(stream, mask, None if base is None else base.contiguous())
+    base = None if base is None else base.contiguous()
+    return kernels.masked_read(stream, mask, base, live, float32_precision())
 
 
 def masked_read_backward_(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, grad_stream: Tensor | None, needs_mask_grad: bool
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    live: Tensor | None = None,
 ) -> Tensor | None:
     """Add ``mask^T grad_reads`` to ``grad_stream`` and return ``<grad_reads[r], stream[w]>``."""
-    from fastcircuit_kernels import masked_read as kernels
-
-    grad_reads = grad_reads.contiguous()
-    if grad_stream is not None:
-        kernels.add_stream_gradient(grad_reads, mask, grad_stream)
-    return kernels.mask_gradient(grad_reads, stream).to(mask.dtype) if needs_mask_grad else None
+    return _backward(grad_reads, stream, mask, grad_stream, needs_mask_grad, live, accumulate=True)
 
 
 def masked_read_grads(
-    grad_reads: Tensor, stream: Tensor, mask: Tensor, needs_stream: bool, needs_mask: bool
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    needs_stream: bool,
+    needs_mask: bool,
+    live: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``masked_read`` as new tensors; None for one that is not needed."""
-    grad_stream = stream.new_zeros(stream.shape) if needs_stream else None
-    return grad_stream, masked_read_backward_(grad_reads, stream, mask, grad_stream, needs_mask)
+    grad_stream = None
+    if needs_stream:
+        # Rows that are not live are left alone, so they must be 0 before.
+        grad_stream = stream.new_empty(stream.shape) if live is None else stream.new_zeros(stream.shape)
+    return grad_stream, _backward(grad_reads, stream, mask, grad_stream, needs_mask, live, accumulate=False)
+
+
+def _backward(
+    grad_reads: Tensor,
+    stream: Tensor,
+    mask: Tensor,
+    grad_stream: Tensor | None,
+    needs_mask_grad: bool,
+    live: Tensor | None,
+    accumulate: bool,
+) -> Tensor | None:
+    from fastcircuit_kernels import masked_read as kernels
+
+    grad_reads, precision = grad_reads.contiguous(), float32_precision()
+    if grad_stream is None:
+        return kernels.mask_gradient(grad_reads, stream, mask, live, precision) if needs_mask_grad else None
+    if needs_mask_grad:
+        return kernels.both_gradients(grad_reads, stream, mask, grad_stream, accumulate, live, precision)
+    kernels.add_stream_gradient(grad_reads, mask, grad_stream, accumulate, live, precision)
+    return None
+
+
+def live_writers(mask: Tensor) -> Tensor:
+    """How many writers are open and live, then the rows of the open, of the other live, and of the dead ones."""
+    from fastcircuit_kernels import live_writers as kernels
+
+    return kernels.live_writers(mask)
+
+
+def hard_concrete(log_alpha: Tensor, seed: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
+    """Samples, and the probability that each is not 0."""
+    from fastcircuit_kernels import hard_concrete as kernels
+
+    return kernels.hard_concrete(log_alpha, seed, *numbers)
+
+
+def hard_concrete_grad(grad_z: Tensor, grad_on: Tensor, z: Tensor, on: Tensor, *numbers: float) -> Tensor:
+    """The gradient of ``log_alpha``."""
+    from fastcircuit_kernels import hard_concrete as kernels
+
+    return kernels.hard_concrete_grad(grad_z, grad_on, z, on, *numbers)

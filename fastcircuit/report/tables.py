@@ -80,15 +80,14 @@ def sweep_table(rows: Sequence[dict[str, Any]], task: str, split: str) -> Table:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> Table:
-    """Medians of both models, the speed-up, and its bound from the work that is left (see ``SpeedRow``)."""
-    table = Table("phase", "batch", "tokens", "original, ms", "submodel, ms", "speed-up", "bound")
+    """Medians and 95th percentiles of both models, the speed-up of the medians, and its bound (see ``SpeedRow``)."""
+    title = f"prompts of {rows[0]['tokens']} tokens, ms (median / p95; decode: per token)"
+    table = Table("phase", "batch", "original", "submodel", "speed-up", "bound", title=title, title_justify="left")
     for row in rows:
         table.add_row(
             row["phase"],
             str(row["batch"]),
-            str(row["tokens"]),
-            f"{row['original_ms']:.2f}",
-            f"{row['submodel_ms']:.2f}",
+            *(f"{_time(row[f'{which}_ms'])} / {_time(row[f'{which}_p95_ms'])}" for which in ("original", "submodel")),
             f"{row['speedup']:.2f}",
             f"{row['bound']:.2f}",
         )
@@ -124,3 +123,7 @@ def _deviation(values: dict[str, Any], name: str) -> str:
 def _number(values: dict[str, Any], name: str) -> str:
     value = values.get(name)
     return "-" if value is None else f"{value:.4f}"
+
+
+def _time(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}"

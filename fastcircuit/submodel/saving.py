@@ -9,7 +9,7 @@ import torch
 
 from fastcircuit.errors import InputError
 from fastcircuit.files import write_directory, write_text
-from fastcircuit.models.loading import DTYPES, locate, quiet
+from fastcircuit.models.loading import DTYPES, REPORTING, check_all_loaded, locate, quiet, reason_of
 from fastcircuit.models.masked import first_line
 from fastcircuit.submodel.configuration_circuit import CircuitConfig
 from fastcircuit.submodel.modeling_circuit import CircuitForCausalLM
@@ -58,14 +58,15 @@ def load_submodel(directory: str | os.PathLike[str], device: str = "cpu", dtype:
     try:
         with quiet():
             loaded: Any = CircuitForCausalLM.from_pretrained(
-                path, dtype="auto" if dtype is None else DTYPES[dtype], output_loading_info=True, local_files_only=True
+                path, dtype="auto" if dtype is None else DTYPES[dtype], local_files_only=True, **REPORTING
             )
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(f"cannot load submodel {name!r}: {first_line(error)}") from error
+        raise InputError(f"cannot load submodel {name!r}: {reason_of(error)}") from error
     model, report = loaded
-    for what, keys in (("not in its file", report["missing_keys"]), ("of another model", report["unexpected_keys"])):
-        if keys:
-            raise InputError(f"submodel {name!r}: {len(keys)} weight(s) are {what}, such as {min(keys)}")
+    check_all_loaded(report, f"submodel {name!r}")
+    foreign = report["unexpected_keys"]
+    if foreign:
+        raise InputError(f"submodel {name!r}: {len(foreign)} weight(s) are of another model, such as {min(foreign)}")
     _check_finite(model, f"submodel {name!r}")
     return model.to(device).eval()
 

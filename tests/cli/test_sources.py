@@ -97,10 +97,10 @@ def no_tokenizer(_):
 
 
 BROKEN_MODELS = {
-    truncate: "cannot load model './model': ",
+    truncate: "cannot load model './model': its safetensors file is damaged or cut short (",
     poison: "weight transformer.h.1.mlp.c_fc.weight holds NaN or infinity",
     drop: "1 weight(s) are not in its file, such as transformer.h.1.mlp.c_fc.weight",
-    reshape: "cannot load model './model': ",
+    reshape: "weight(s) in its file are not of the shape that its config.json says, such as ",
     unsupported: "architecture 'bert' is not supported; supported: gpt2, llama, mistral, qwen2",
     no_config: "cannot load model './model': ",
     no_tokenizer: "cannot load the tokenizer of './model': ",

@@ -1,6 +1,7 @@
 """Edge Pruning runs: exact sizes, determinism, resuming, failures."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ import torch
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.parameters import warm_density
 from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
-from fastcircuit.masks import Masks
+from fastcircuit.masks import Masks, probability_of_zero
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Pair, Task
 from tests.models.tiny import tiny_model
@@ -257,3 +259,30 @@ def test_restricted_answers_train_on_those_tokens_only(model):
     torch.testing.assert_close(batch.answers.log_probs.exp().sum(1), torch.ones(6))
     found = discover(model, task, edges=30, settings=QUICK)
     assert isinstance(found.circuit, Circuit)
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "zero"])
+def test_a_warm_start_begins_with_the_best_edges_on(model, ablation):
+    ranking = np.random.default_rng(0).permutation(model.graph.num_edges).astype(float)
+    settings = dataclasses.replace(QUICK, warm_start="eap-ig", ablation=ablation)
+    run = EdgePruning(Reference(model, make_task().split("train"), ablation), 20, settings, ranking=ranking)
+    order = run.parameters.edge.detach().numpy()
+    assert (np.argsort(order, kind="stable") == np.argsort(ranking, kind="stable")).all()
+    density = warm_density(20, model.graph.num_edges)
+    half_off = probability_of_zero(run.parameters.edge.detach()) > 0.5
+    assert float(half_off.float().mean()) == pytest.approx(1 - density, abs=1 / model.graph.num_edges)
+    run.step()
+    run._flush(None)
+    four_errors = 2 / math.sqrt(model.graph.num_edges)  # of a mean of values in [0, 1]
+    assert abs(run.report().edge_sparsity - run.report().edge_target) < four_errors
+
+
+def test_a_warm_start_is_resumed_and_recorded(model, tmp_path):
+    task, checkpoint = make_task(), tmp_path / "checkpoint.safetensors"
+    whole = discover(model, task, edges=20, settings=QUICK, warm_start="eap-ig", checkpoint=checkpoint)
+    again = discover(model, task, edges=20, settings=QUICK, warm_start="eap-ig", checkpoint=checkpoint, resume=True)
+    assert torch.equal(whole.masks.edge, again.masks.edge)
+    assert whole.circuit.provenance["settings"]["warm_start"] == "eap-ig"
+    assert not torch.equal(whole.masks.edge, discover(model, task, edges=20, settings=QUICK).masks.edge)
+    with pytest.raises(InputError, match="no method 'magic'; attribution methods are eap"):
+        discover(model, task, edges=20, settings=QUICK, warm_start="magic")

@@ -41,6 +41,7 @@ def test_at_the_defaults_accuracy_stays_and_the_directory_loads(shipped, tmp_pat
     assert AutoTokenizer.from_pretrained(tmp_path / "sub").get_vocab() == tokenizer.get_vocab()
     card = (tmp_path / "sub" / "README.md").read_text()
     assert f"# Circuit for {task.name} in {model.name}" in card
+    assert model.name in SHIPPED  # not the directory it lies in here
     assert f"{extraction.size.total:,}" in card
 
 

@@ -15,6 +15,7 @@ from fastcircuit.ops import cpu as cpu_launcher
 OPS = torch.ops.fastcircuit
 USABLE = [name for name, why in available_backends().items() if why is None]
 ROOT = Path(__file__).parents[2]
+TRITON_OPS = ("masked_read", "hard_concrete")
 
 BLOCKED = """
 import importlib.abc, sys
@@ -30,7 +31,7 @@ stream, mask = torch.randn(4, 3, 5), torch.rand(2, 4)
 expected = torch.einsum("rw,wtd->rtd", mask, stream)
 torch.testing.assert_close(masked_read(stream, mask), expected)
 masked_read_backward_(expected, stream, mask, torch.zeros(4, 3, 5))
-torch.library.opcheck(torch.ops.fastcircuit.masked_read.default, (stream, mask, None, "auto"))
+torch.library.opcheck(torch.ops.fastcircuit.masked_read.default, (stream, mask, None, None, "auto"))
 assert "blocked by the test" in available_backends()["cpu"], available_backends()
 try:
     masked_read(stream, mask, backend="cpu")
@@ -51,7 +52,7 @@ def _tensors(dtype=torch.float64, grad=False):
 @pytest.mark.parametrize("with_base", [True, False])
 def test_opcheck_forward(backend, with_base):
     stream, mask, base = _tensors(grad=True)
-    torch.library.opcheck(OPS.masked_read.default, (stream, mask, base if with_base else None, backend))
+    torch.library.opcheck(OPS.masked_read.default, (stream, mask, base if with_base else None, None, backend))
 
 
 @pytest.mark.parametrize("backend", ["auto", *USABLE])
@@ -59,11 +60,22 @@ def test_opcheck_forward(backend, with_base):
 def test_opcheck_backward(backend, wanted):
     stream, mask, _ = _tensors()
     grad_reads = torch.rand(2, 3, 4, dtype=torch.float64)
-    torch.library.opcheck(OPS.masked_read_grads.default, (grad_reads, stream, mask, *wanted, backend))
+    torch.library.opcheck(OPS.masked_read_grads.default, (grad_reads, stream, mask, *wanted, None, backend))
     grad_stream = torch.zeros_like(stream) if wanted[0] else None
     torch.library.opcheck(
-        OPS.masked_read_backward_.default, (grad_reads, stream, mask, grad_stream, wanted[1], backend)
+        OPS.masked_read_backward_.default, (grad_reads, stream, mask, grad_stream, wanted[1], None, backend)
     )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", *{"triton"}.intersection(USABLE)])
+def test_opcheck_with_a_live_list(backend):
+    stream, mask, base = _tensors(grad=True)
+    live = OPS.live_writers(mask.detach(), backend)
+    torch.library.opcheck(OPS.live_writers.default, (mask.detach(), backend))
+    torch.library.opcheck(OPS.masked_read.default, (stream, mask, base, live, backend))
+    stream, mask = stream.detach(), mask.detach()
+    grads = torch.rand(2, 3, 4, dtype=torch.float64), torch.zeros_like(stream)
+    torch.library.opcheck(OPS.masked_read_backward_.default, (grads[0], stream, mask, grads[1], True, live, backend))
 
 
 @pytest.mark.parametrize("backend", ["auto", *USABLE])
@@ -99,7 +111,9 @@ def test_compiled_backward_accumulates_in_place(backend):
 @pytest.mark.parametrize("backend", ["auto", *USABLE])
 def test_the_direct_path_equals_the_dispatched_one(backend):
     stream, mask, base = _tensors(torch.float32)
-    assert torch.equal(masked_read(stream, mask, base, backend=backend), OPS.masked_read(stream, mask, base, backend))
+    assert torch.equal(
+        masked_read(stream, mask, base, backend=backend), OPS.masked_read(stream, mask, base, None, backend)
+    )
 
 
 def test_runs_under_fake_tensors_and_on_meta():
@@ -134,9 +148,9 @@ def test_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
         pytest.skip("the other tests already run the Triton kernels")
-    tests = str(Path(__file__).with_name("test_masked_read.py"))
+    tests = [str(Path(__file__).with_name(f"test_{op}.py")) for op in TRITON_OPS]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", "triton"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", "triton"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

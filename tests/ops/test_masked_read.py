@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastcircuit.errors import InputError
-from fastcircuit.ops import masked_read, masked_read_backward_, reference
+from fastcircuit.ops import live_writers, masked_read, masked_read_backward_, reference
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -219,3 +219,82 @@ def test_backward_errors_name_the_argument():
         masked_read_backward_(grad_reads[:4], stream, mask, None)
     with pytest.raises(InputError, match=r"grad_stream has shape \[1, 3, 4\]; accepted is \[2, 3, 4\]"):
         masked_read_backward_(grad_reads, stream, mask, stream[:1])
+
+
+LIVE_SHAPES = [(5, 13, 11, 7), (17, 40, 3, 5), (1, 1, 1, 1), (0, 3, 2, 2), (3, 0, 2, 2)]
+
+
+def _clamped(mask):
+    """``mask`` as hard-concrete samples are: a third 0, a third 1, some writers dead, some read at 1 alone."""
+    mask = (mask * 3 - 1).clamp(0, 1)
+    mask[:, ::3] = 0
+    mask[:, 1::3] = mask[:, 1::3].round()
+    return mask
+
+
+def _skip_without_live(backend):
+    if backend == "cpu":
+        pytest.skip("the C++ kernels take no live list")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*LIVE_SHAPES, (3, 700, 1, 1)], ids=str)
+def test_live_writers(backend, dtype, shape):
+    _skip_without_live(backend)
+    mask = _clamped(_operands(shape, dtype, dtype)[1])
+    counts, order = live_writers(mask, backend=backend).split([2, shape[1]])
+    is_open, is_live = ((mask > 0) & (mask < 1)).any(0), mask.any(0)
+    expected = [is_open.nonzero(), (is_live & ~is_open).nonzero(), (~is_live).nonzero()]
+    assert counts.tolist() == [is_open.sum(), is_live.sum()]
+    assert order.tolist() == torch.cat(expected).flatten().tolist()
+
+
+@pytest.mark.parametrize("shape", LIVE_SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "mask_dtype"), [DTYPES[0], DTYPES[3]], ids=str)
+def test_live_rows_alone_are_touched(backend, shape, dtype, mask_dtype):
+    """Dead rows hold NaN; open ones alone have a mask gradient; what is read is as exact as without a list."""
+    _skip_without_live(backend)
+    stream, mask, base, grad_reads = _operands(shape, dtype, mask_dtype)
+    mask = _clamped(mask)
+    live = live_writers(mask, backend=backend)
+    poisoned = torch.where((mask != 0).any(0)[:, None, None], stream, torch.nan)
+    ours = masked_read(poisoned, mask, base, live=live, backend=backend)
+    exact = _exact(mask) @ _exact(stream) + _exact(base[None])
+    _assert_as_good_as_torch(ours, reference.masked_read(stream, mask, base), exact)
+
+    buffer, plain = (torch.ones(stream.shape, dtype=dtype) for _ in range(2))
+    ours_mask = masked_read_backward_(grad_reads, poisoned, mask, buffer, live=live, backend=backend)
+    plain_mask = reference.masked_read_backward_(grad_reads, stream, mask, plain, True)
+    is_open = (mask > 0) & (mask < 1)
+    exact_mask = _exact(grad_reads) @ _exact(stream).T * is_open.numpy()
+    _assert_as_good_as_torch(ours_mask, plain_mask * is_open, exact_mask)
+    _assert_as_good_as_torch(buffer, plain, 1 + _exact(mask).T @ _exact(grad_reads))
+    assert not ours_mask[~is_open].any()
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
+def test_live_gradients_are_a_clamped_samples(backend, wanted):
+    _skip_without_live(backend)
+    stream, logits, base, weight = _operands((4, 9, 3, 5), torch.float64, torch.float64)
+    logits[:, ::2] -= 2.0
+    results = []
+    for skipping in (True, False):
+        leaves = [t.clone().requires_grad_(needed) for t, needed in zip((stream, logits), wanted, strict=True)]
+        mask = (leaves[1] * 3 - 1).clamp(0, 1)
+        live = live_writers(mask.detach(), backend=backend) if skipping else None
+        (masked_read(leaves[0], mask, base, live=live, backend=backend) * weight).sum().backward()
+        results.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    torch.testing.assert_close(*results)
+    assert len(results[0]) == sum(wanted)
+
+
+def test_a_list_that_does_not_fit_is_named():
+    stream, mask = torch.ones(2, 3, 4), torch.ones(5, 2)
+    with pytest.raises(InputError, match=r"live has shape \[3\]; accepted is \[4\]"):
+        masked_read(stream, mask, live=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(InputError, match=r"live is torch\.int64; accepted is torch.int32"):
+        masked_read(stream, mask, live=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(InputError, match="kernels take no live list"):
+        masked_read(stream, mask, live=live_writers(mask), backend="cpu")
+    with pytest.raises(InputError, match=r"live_writers: mask is torch.int64"):
+        live_writers(mask.long())

@@ -146,7 +146,7 @@ def test_weights_of_another_size(small):
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.0.parts.0.up_proj.bias"] = torch.zeros(5)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="cannot load submodel") as error:
+    with pytest.raises(InputError, match=r"parts.0.up_proj.bias: \[5\] instead of \[\d+\]") as error:
         load_submodel(directory)
     _one_line(error)
 
@@ -155,6 +155,8 @@ def test_directories_that_are_no_submodel(small, tmp_path):
     _, directory = small
     with pytest.raises(InputError, match="no such model directory"):
         load_submodel(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no such directory: nowhere; name one that"):
+        load_submodel("nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"there is no config.json in it"):
         load_submodel(tmp_path / "empty")

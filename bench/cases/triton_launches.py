@@ -1,0 +1,84 @@
+"""Calls that between them launch every Triton configuration, on meta tensors: nothing is computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS, WIDTH, WRITERS = 2048, 768, 157
+
+# One call of every op: what tests compile again.
+MAIN = ("masked_read live torch.bfloat16", "live_writers 157", "hard_concrete torch.float32")
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls(hip: bool) -> dict[str, Callable[[], Any]]:
+    """By name; ``hip`` leaves out what AMD's backend of Triton does not have."""
+    return {**_masked_reads(hip), **_live_writers(), **_hard_concrete()}
+
+
+def _masked_reads(hip: bool) -> dict[str, Callable[[], Any]]:
+    found = {}
+    # Reader counts reach every tile: one, a layer of stories260K, of GPT-2 small, of a 13B Llama.
+    for precision in ("ieee", "tf32") if hip else ("ieee", "tf32", "tf32x3"):
+        for readers in (1, 24, 37, 121):
+            found[f"masked_read {precision} {readers}"] = _masked_read(readers, torch.float32, precision)
+    for readers in (1, 24, 37, 121):
+        found[f"masked_read bfloat16 {readers}"] = _masked_read(readers, torch.bfloat16)
+    found["masked_read bfloat16 mask 121"] = _masked_read(121, torch.bfloat16, mask_dtype=torch.bfloat16)
+    for readers in (24, 37, 121):
+        found[f"masked_read float16 {readers}"] = _masked_read(readers, torch.float16, grad_dtype=torch.float32)
+        found[f"masked_read bfloat16 to float32 {readers}"] = _masked_read(
+            readers, torch.bfloat16, grad_dtype=torch.float32
+        )
+    found["masked_read float64 1"] = _masked_read(1, torch.float64)
+    for dtype in (torch.bfloat16, torch.float32):
+        found[f"masked_read live {dtype}"] = _masked_read(37, dtype, live=True)
+    return found
+
+
+def _masked_read(
+    readers: int,
+    dtype: torch.dtype,
+    precision: str = "ieee",
+    mask_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+    live: bool = False,
+) -> Callable[[], Any]:
+    from fastcircuit_kernels import masked_read as kernels
+
+    if mask_dtype is None:
+        mask_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    stream, grad = (_meta(rows, TOKENS, WIDTH, dtype=dtype) for rows in (WRITERS, readers))
+    grad_stream = _meta(WRITERS, TOKENS, WIDTH, dtype=grad_dtype or dtype)
+    base, mask = stream[0], _meta(readers, WRITERS, dtype=mask_dtype)
+    listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
+
+    def call() -> None:
+        kernels.masked_read(stream, mask, base, listed, precision)
+        kernels.mask_gradient(grad, stream, mask, listed, precision)
+        kernels.add_stream_gradient(grad, mask, grad_stream, True, listed, precision)
+        kernels.both_gradients(grad, stream, mask, grad_stream, True, listed, precision)
+
+    return call
+
+
+def _live_writers() -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels.live_writers import live_writers
+
+    return {f"live_writers {writers}": lambda w=writers: live_writers(_meta(37, w)) for writers in (157, 1640)}
+
+
+def _hard_concrete() -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels import hard_concrete as kernels
+
+    def call(dtype: torch.dtype) -> None:
+        log_alpha, seed = _meta(33093, dtype=dtype), _meta(2, dtype=torch.int64)
+        kernels.hard_concrete(log_alpha, seed, 2 / 3, -0.1, 1.1, 1e-6, -1.6)
+        kernels.hard_concrete_grad(log_alpha, log_alpha, log_alpha, log_alpha, 2 / 3, -0.1, 1.1)
+
+    return {f"hard_concrete {dtype}": lambda d=dtype: call(d) for dtype in (torch.float32, torch.float64)}

@@ -1,0 +1,73 @@
+"""Triton kernels compiled for GPUs that need not be here: the committed table, its bounds, and a part of it anew."""
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from bench import triton_aot as aot  # noqa: E402
+from bench.cases import triton_launches  # noqa: E402
+
+KEYS = ("arch", "launch", "source")
+
+
+@pytest.fixture(scope="module")
+def launches():
+    return {arch: aot.all_launches(arch) for arch in aot.TARGETS}
+
+
+def test_the_table_is_of_these_kernels(launches):
+    """A kernel or a configuration that changed has to be compiled again: python -m bench.triton_aot."""
+    expected = [aot.row(launch, arch) for arch in launches for launch in launches[arch].values()]
+    assert [[row[key] for key in KEYS] for row in aot.table()] == [[row[key] for key in KEYS] for row in expected]
+
+
+def test_nothing_spills_and_everything_fits():
+    for row in aot.table():
+        assert int(row["shared"]) <= aot.SHARED_LIMIT[row["arch"]], row
+        if row["arch"].startswith("sm_"):
+            assert int(row["spills"]) == 0, row
+
+
+def test_half_precisions_run_on_the_tensor_cores():
+    for row in aot.table():
+        if re.match(r"(read|row_products|backward) \*(bf|fp)16", row["launch"]):
+            assert row["units"] != "vector", row
+
+
+def test_every_tile_is_compiled(launches):
+    from fastcircuit_kernels import masked_read as kernels
+
+    told = [launch.constants | launch.options for launch in launches["sm_90"].values()]
+    for table, summed in ((kernels.READS, "BK"), (kernels.PRODUCTS, "BK"), (kernels.BACKWARDS, "BW")):
+        for tile in {tile for tiles in table.values() for tile in tiles}:
+            wanted = {"BM": tile.rows, summed: tile.inner, "BN": tile.columns, "num_warps": tile.num_warps}
+            assert any(wanted.items() <= one.items() for one in told), tile
+
+
+@pytest.mark.parametrize("arch", aot.TARGETS)
+def test_compiling_again_gives_the_table(launches, arch):
+    """One configuration per kernel: the one that GPT-2 small is trained with in bfloat16, where there is a choice."""
+    table = {row["launch"]: row for row in aot.table() if row["arch"] == arch}
+    chosen = aot.all_launches(arch, {name: triton_launches.calls(False)[name] for name in triton_launches.MAIN})
+    for launch in chosen.values():
+        compiled = aot.compile_for(launch, arch)
+        _assert_addresses_are_64_bit(compiled.asm["ttir"])
+        found = aot.usage(compiled)
+        assert found["shared"] <= aot.SHARED_LIMIT[arch]
+        assert found["spills"] == 0
+        row = table[launch.name]
+        if row["triton"] == triton.__version__:
+            assert {key: str(value) for key, value in found.items()} == {key: row[key] for key in found}
+
+
+def _assert_addresses_are_64_bit(ttir):
+    """Every offset that grows with the data is a 64-bit one; a constant may be shorter."""
+    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    offsets = re.findall(r"tt\.addptr \S+, (\S+) : .*, (\S+) loc", ttir)
+    assert offsets
+    for name, kind in offsets:
+        assert "i64" in kind or name in constants, (name, kind)
