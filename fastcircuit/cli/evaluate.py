@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fastcircuit.cli.console import print_json, stdout
+from fastcircuit.cli.analyses import Analyses
+from fastcircuit.cli.console import print_json, stderr, stdout
 from fastcircuit.cli.options import (
     AsJson,
     DataFile,
@@ -36,6 +37,23 @@ def evaluate(
         int, typer.Option(help="Resamples for an interval around every mean; 0: no intervals.", min=0)
     ] = 0,
     confidence: Annotated[float, typer.Option(help="Of the intervals, between 0 and 1.")] = 0.95,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="A discovery's masks.safetensors: faithfulness at every size, CPR and CMD.", show_default=False
+        ),
+    ] = None,
+    signed: Annotated[bool, typer.Option("--signed", help="Rank --scores by value, not by size.")] = False,
+    completeness: Annotated[
+        int | None, typer.Option(help="Remove so many random parts from circuit and model, and compare.", min=1)
+    ] = None,
+    edge_faithfulness: Annotated[
+        Path | None,
+        typer.Option(help="Remove every edge alone, from circuit and model; write this .csv and a plot beside it."),
+    ] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="Known circuit to compare with: a file, or a manual circuit by name.")
+    ] = None,
     embedding_nodes: Annotated[
         EmbeddingNodes | None, typer.Option(help="Of an edges.json; a circuit.json says so itself.", show_default=False)
     ] = None,
@@ -49,10 +67,13 @@ def evaluate(
     from fastcircuit.evaluation.faithfulness import evaluate as measure
     from fastcircuit.evaluation.registry import check_names
     from fastcircuit.evaluation.size import sizes
-    from fastcircuit.report.tables import metrics_table
+    from fastcircuit.report.progress import watch
+    from fastcircuit.report.tables import analysis_tables, metrics_table
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     check_names(names)
+    analyses = Analyses(completeness, edge_faithfulness, scores, signed, truth, bootstrap, confidence, seed)
+    analyses.check()
     loaded = None if embedding_nodes else Circuit.load(circuit)
     if loaded and task is None and data is None:
         task = loaded.task
@@ -62,7 +83,9 @@ def evaluate(
     kept = loaded or Circuit.load(circuit, masked.graph)
     pairs = load_task(model, masked, task, data, seed)
     found = measure(masked, kept, pairs, split, metrics=names, resamples=bootstrap, confidence=confidence, seed=seed)
+    with watch(stderr) as watcher:
+        more = analyses.run(masked, kept, pairs, split, watcher)
     if as_json:
-        print_json({**sizes(kept), split: found})
+        print_json({**sizes(kept), split: found, **more})
     else:
-        stdout.print(metrics_table(dataclasses.replace(kept, metrics={split: found})))
+        stdout.print(metrics_table(dataclasses.replace(kept, metrics={split: found})), *analysis_tables(more))

@@ -48,9 +48,16 @@ def sweep(
     ablation: Annotated[str, typer.Option(help="What a removed edge carries: interchange, mean or zero.")] = (
         "interchange"
     ),
+    train_size: Annotated[
+        int | None, typer.Option(help="Pairs to find circuits on. Default: the task's.", show_default=False)
+    ] = None,
+    test_size: Annotated[
+        int | None, typer.Option(help="Pairs of the test split. Default: the task's.", show_default=False)
+    ] = None,
     split: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
     truth: Annotated[
-        Path | None, typer.Option(help="Circuit known to be right; adds ROC curves.", show_default=False)
+        str | None,
+        typer.Option(help="Known circuit: a file, or a manual circuit by name. Adds rates and ROC curves."),
     ] = None,
     embedding_nodes: Nodes = EmbeddingNodes.split,
     device: OnDevice = Device.auto,
@@ -58,9 +65,9 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on a task: every method at every size with every seed; writes tables and plots."""
-    from fastcircuit.circuit import Circuit
     from fastcircuit.discovery import Settings
     from fastcircuit.discovery import preset as preset_settings
+    from fastcircuit.evaluation.truth import Truth
     from fastcircuit.files import check_writable
     from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import sweep_table
@@ -81,12 +88,14 @@ def sweep(
         settings=(preset_settings(preset) if preset else Settings()).changed(changes),
         ablation=ablation,  # type: ignore[arg-type]
         split=split,
+        train_size=train_size,
+        test_size=test_size,
     )
     check_plan(plan, out)
     check_writable(out)
     masked = load_model(model, device, dtype, embedding_nodes)
-    known = None if truth is None else Circuit.load(truth, masked.graph)
-    running = Sweep(plan, out, masked, lambda seed: load_task(model, masked, task, data, seed))
+    known = None if truth is None else Truth.load(truth, masked.graph)
+    running = Sweep(plan, out, masked, lambda seed: load_task(model, masked, task, data, seed, plan.sizes))
     started, first = time.perf_counter(), [0]
 
     with watch(stderr) as watcher:
@@ -97,7 +106,7 @@ def sweep(
             watcher.on_run(name, done, most, left)
 
         running.run(on_run)
-    files = [*write_tables(running, out), *write_plots(running, out, known)]
+    files = [*write_tables(running, out, known), *write_plots(running, out, known)]
     rows = summary(circuit_rows(running))
     if as_json:
         print_json({"sweep": rows, "files": [str(path) for path in files]})

@@ -1,12 +1,60 @@
 """Recovery of a circuit that is known: true and false positives, ROC curves and the area under them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.manual_circuits import ManualCircuit, manual_circuit, manual_circuit_names
+from fastcircuit.graph import Graph
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A circuit that is known, over ``graph``.
+
+    Args:
+        edges: bool ``[num_edges]``; None when only its heads are known.
+        writers: bool ``[num_writers]``.
+        scope: numbers of the writers it says anything about: heads, and MLPs where edges are known. Embeddings are no
+            components: they are in every circuit.
+    """
+
+    graph: Graph
+    edges: np.ndarray | None
+    writers: np.ndarray
+    scope: np.ndarray
+
+    @classmethod
+    def of(cls, circuit: Circuit) -> "Truth":
+        """What ``circuit`` keeps."""
+        scope = np.arange(circuit.graph.num_embedding_writers, circuit.graph.num_writers)
+        return cls(circuit.graph, circuit.keep, circuit.writer_kept, scope)
+
+    @classmethod
+    def load(cls, name_or_path: str, graph: Graph) -> "Truth":
+        """A manual circuit by name, or a circuit file.
+
+        Raises:
+            InputError: neither, or one of another graph.
+        """
+        if name_or_path in manual_circuit_names():
+            return cls._manual(manual_circuit(name_or_path, graph), graph)
+        if not Path(name_or_path).exists():
+            known = ", ".join(manual_circuit_names())
+            raise InputError(f"no manual circuit and no file {name_or_path!r}; manual circuits are {known}")
+        return cls.of(Circuit.load(name_or_path, graph))
+
+    @classmethod
+    def _manual(cls, manual: ManualCircuit, graph: Graph) -> "Truth":
+        writers = np.array([name in manual.nodes for name in graph.writers])
+        if manual.circuit is not None:
+            return cls(graph, manual.circuit.keep, writers, cls.of(manual.circuit).scope)
+        return cls(graph, None, writers, np.array([i for i, name in enumerate(graph.writers) if ".h" in name]))
 
 
 @dataclass(frozen=True)
@@ -69,33 +117,37 @@ def roc(scores: np.ndarray, truth: np.ndarray) -> Roc:
     return Roc(np.append(np.inf, ranked[last]), fpr, tpr, float(np.trapezoid(tpr, fpr)))
 
 
-def compare_with_truth(circuit: Circuit, truth: Circuit) -> dict[str, Any]:
-    """Rates of a circuit's edges, and of the heads and MLPs it reads from, against those of a known circuit.
-
-    Embeddings are no components: they are in every circuit.
-    """
-    _check_graphs(circuit, truth)
-    inner = inner_writers(truth)
+def compare_with_truth(circuit: Circuit, truth: Truth) -> dict[str, Any]:
+    """:func:`rates` of a circuit's ``edges`` (None when no edges are known) and ``nodes``."""
+    _check_graphs(circuit.graph, truth.graph)
     return {
-        "edges": rates(circuit.keep, truth.keep),
-        "nodes": rates(circuit.writer_kept[inner], truth.writer_kept[inner]),
+        "edges": None if truth.edges is None else rates(circuit.keep, truth.edges),
+        "nodes": rates(circuit.writer_kept[truth.scope], truth.writers[truth.scope]),
     }
 
 
-def truth_roc(edge_scores: np.ndarray, node_scores: np.ndarray, truth: Circuit) -> dict[str, Roc]:
-    """ROC curves of edges and of heads and MLPs, from scores ``[num_edges]`` and ``[num_writers]``."""
-    inner = inner_writers(truth)
-    return {"edges": roc(edge_scores, truth.keep), "nodes": roc(node_scores[inner], truth.writer_kept[inner])}
+def heads_rates(heads: Sequence[Sequence[int]], truth: Truth) -> dict[str, float | None]:
+    """:func:`rates` of the kept heads of every layer, such as an extraction's, among all heads."""
+    graph = truth.graph
+    first = [graph.head_writer(layer) for layer in range(graph.num_layers)]
+    places = np.array(first)[:, None] + np.arange(graph.num_heads)
+    found = np.zeros(graph.num_writers, dtype=bool)
+    for layer, kept in enumerate(heads):
+        found[places[layer, list(kept)]] = True
+    return rates(found[places.flatten()], truth.writers[places.flatten()])
 
 
-def inner_writers(circuit: Circuit) -> slice:
-    """The heads and MLPs among the writers."""
-    return slice(circuit.graph.num_embedding_writers, circuit.graph.num_writers)
+def truth_roc(edge_scores: np.ndarray, node_scores: np.ndarray, truth: Truth) -> dict[str, Roc | None]:
+    """:func:`roc` of ``edges`` and ``nodes``, from scores ``[num_edges]`` and ``[num_writers]``."""
+    return {
+        "edges": None if truth.edges is None else roc(edge_scores, truth.edges),
+        "nodes": roc(node_scores[truth.scope], truth.writers[truth.scope]),
+    }
 
 
-def _check_graphs(circuit: Circuit, truth: Circuit) -> None:
-    if circuit.graph != truth.graph:
-        raise InputError(f"the known circuit is over {truth.graph}, the other over {circuit.graph}")
+def _check_graphs(own: Graph, known: Graph) -> None:
+    if own != known:
+        raise InputError(f"the known circuit is over {known}, the other over {own}")
 
 
 def _check_shapes(values: np.ndarray, truth: np.ndarray) -> None:

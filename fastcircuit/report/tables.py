@@ -69,6 +69,55 @@ def extraction_table(found: dict[str, Any], task: str) -> Group:
     return Group(kept, sizes, metrics, *ties)
 
 
+def analysis_tables(found: dict[str, Any]) -> list[Table]:
+    """What ``evaluate`` was asked for beyond metrics (see ``fastcircuit.cli.analyses``), a table each."""
+    tables = []
+    if "faithfulness" in found:
+        curve = found["faithfulness"]
+        title = f"faithfulness of {curve['metric']}: CPR {_area(curve['cpr'])}, CMD {_area(curve['cmd'])}"
+        table = Table("edges", "of all", curve["metric"], "faithfulness", title=title, title_justify="left")
+        for point in curve["points"]:
+            table.add_row(
+                str(point["edges"]),
+                f"{point['fraction']:.1%}",
+                _number(point, curve["metric"]),
+                _number(point, "faithfulness"),
+            )
+        tables.append(table)
+    if "truth" in found:
+        table = Table("recovered", "TPR", "FPR", "precision", "AUC of the scores", title_justify="left")
+        for kind, rates in found["truth"].items():
+            if rates is not None:
+                curve = found.get("roc", {}).get(kind) or {}
+                table.add_row(
+                    kind, *(_number(rates, name) for name in ("tpr", "fpr", "precision")), _number(curve, "auc")
+                )
+        tables.append(table)
+    if "completeness" in found:
+        value = found["completeness"]
+        table = Table("incompleteness", f"gap in {value['metric']}")
+        table.add_row("mean over subsets", _number(value, "mean"))
+        table.add_row("worst", _number(value, "worst"))
+        tables.append(table)
+    if "edge_faithfulness" in found:
+        value = found["edge_faithfulness"]
+        table = Table("edges alone", "value", title=f"wrote {', '.join(value['files'])}", title_justify="left")
+        table.add_row("correlation of model's and circuit's KL", _number(value, "correlation"))
+        table.add_row("least rise of the circuit's KL, nats", _number(value["minimality"], "least_rise"))
+        table.add_row("edges that raise nothing", str(value["minimality"]["not_needed"]))
+        tables.append(table)
+    return tables
+
+
+def cross_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What :func:`fastcircuit.evaluation.cross.cross_evaluate` found: a row per circuit and task."""
+    names = [name for name in METRICS if any(name in row for row in rows)]
+    table = Table("circuit", "edges", "task", *(METRICS[name].label for name in names))
+    for row in rows:
+        table.add_row(row["circuit"], str(row["edges"]), row["task"], *(_number(row, name) for name in names))
+    return table
+
+
 def sweep_table(rows: Sequence[dict[str, Any]], task: str, split: str) -> Table:
     """Means over seeds, with deviations, of every method at every size (see ``fastcircuit.sweep.tables.summary``)."""
     names = [name for name in METRICS if any(name in row for row in rows)]
@@ -113,6 +162,14 @@ def info_table(found: dict[str, Any]) -> Table:
 def _interval(metrics: dict[str, Any], name: str) -> str:
     bounds = metrics.get("intervals", {}).get(name)
     return "" if bounds is None else f" ({bounds[0]:.4f} to {bounds[1]:.4f})"
+
+
+def _area(value: Any) -> str:
+    return (
+        f"{value['mean']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
+        if isinstance(value, dict)
+        else f"{value:.4f}"
+    )
 
 
 def _deviation(values: dict[str, Any], name: str) -> str:

@@ -7,7 +7,6 @@ from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
 ABLATIONS = ("mean", "zero")
-COLUMNS = ("ablation", "mlps", "seed", "threshold", "size", "validation_kl", "kl", "accuracy", "model_accuracy")
 
 
 def extraction_rows(model: MaskedCausalLM, task: Task, seed: int) -> list[dict[str, Any]]:

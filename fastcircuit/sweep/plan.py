@@ -55,6 +55,7 @@ class Plan:
         settings: Edge Pruning's.
         ablation: what a removed edge carries.
         split: what is measured on.
+        train_size, test_size: pairs of these splits; None: the task's own numbers.
 
     Raises:
         InputError: nothing to run, an unknown method, a sparsity or threshold out of range.
@@ -69,6 +70,8 @@ class Plan:
     settings: Settings = dataclasses.field(default_factory=Settings)
     ablation: Ablation = "interchange"
     split: str = "test"
+    train_size: int | None = None
+    test_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("methods", "seeds", "sparsities", "thresholds"):
@@ -100,14 +103,17 @@ class Plan:
                 else:
                     yield from (Job(method, seed, size) for size in sizes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For ``plan.json``."""
-        return dataclasses.asdict(self)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """For :func:`fastcircuit.tasks.load_task`."""
+        given = {"train": self.train_size, "test": self.test_size}
+        return {split: size for split, size in given.items() if size is not None}
 
     def fixed(self) -> dict[str, Any]:
         """What all runs in one directory share, as JSON would have it: all but methods, sizes and seeds."""
         settings = {key: value for key, value in self.settings.to_dict().items() if key not in ("seed", "ablation")}
-        return {"model": self.model, "task": self.task, "ablation": self.ablation, "split": self.split, **settings}
+        named = ("model", "task", "ablation", "split", "train_size", "test_size")
+        return {**{name: getattr(self, name) for name in named}, **settings}
 
 
 def is_attribution(method: str) -> bool:

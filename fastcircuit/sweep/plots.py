@@ -9,16 +9,16 @@ import numpy as np
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Scores
 from fastcircuit.evaluation.registry import METRICS
-from fastcircuit.evaluation.truth import compare_with_truth, truth_roc
+from fastcircuit.evaluation.truth import Truth, compare_with_truth, truth_roc
 from fastcircuit.report.plots import Line, Panel, save_plot
-from fastcircuit.sweep.plan import METHODS, is_attribution
+from fastcircuit.sweep.plan import EXTRACTION, METHODS, is_attribution
 from fastcircuit.sweep.runner import Sweep
 from fastcircuit.sweep.tables import circuit_rows, extraction_rows
 
 ABLATION_LABELS = {"mean": "mean ablation", "zero": "zero ablation"}
 
 
-def write_plots(sweep: Sweep, directory: Path, truth: Circuit | None = None) -> list[Path]:
+def write_plots(sweep: Sweep, directory: Path, truth: Truth | None = None) -> list[Path]:
     """Write ``circuits``, ``extraction`` and, with a known circuit, ``roc``, each as ``.svg`` and ``.png``."""
     plan, written = sweep.plan, []
     title = f"{Path(plan.model).name}, {Path(plan.task).stem}, {plan.split} split"
@@ -93,22 +93,24 @@ def extraction_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     ]
 
 
-def roc_panels(sweep: Sweep, truth: Circuit) -> list[Panel]:
+def roc_panels(sweep: Sweep, truth: Truth) -> list[Panel]:
     """ROC curves of edges and of heads and MLPs, first seed: from scores, or through the circuits of every size."""
     panels = []
     for kind, label in (("edges", "edges"), ("nodes", "heads and MLPs")):
-        lines = [_roc_line(sweep, method, truth, kind) for method in sweep.plan.methods if method != "extract"]
+        if kind == "edges" and truth.edges is None:
+            continue
+        lines = [_roc_line(sweep, method, truth, kind) for method in sweep.plan.methods if method != EXTRACTION]
         panels.append(Panel("false positive rate", "true positive rate", lines, title=label, diagonal=True))
     return panels
 
 
-def _roc_line(sweep: Sweep, method: str, truth: Circuit, kind: str) -> Line:
+def _roc_line(sweep: Sweep, method: str, truth: Truth, kind: str) -> Line:
     seed, style = sweep.plan.seeds[0], METHODS.index(method)
     if is_attribution(method):
         scores = Scores.load(sweep.scores_path(method, seed), sweep.model.graph, sweep.plan.ablation)
-        curve = truth_roc(np.abs(scores.edge), np.abs(scores.node), truth)[kind]
-        label = f"{method} (AUC {curve.auc:.2f})" if kind == "edges" else method
-        return Line(label, curve.false_positive_rate, curve.true_positive_rate, style=style)
+        curve = truth_roc(scores.ranking(), scores.node_ranking(), truth)[kind]
+        assert curve is not None
+        return Line(method, curve.false_positive_rate, curve.true_positive_rate, style=style)
     jobs = [job for job in sweep.jobs if (job.method, job.seed) == (method, seed)]
     found = (compare_with_truth(Circuit.load(sweep.path(job)), truth)[kind] for job in jobs)
     points = sorted((rate["fpr"], rate["tpr"]) for rate in found)

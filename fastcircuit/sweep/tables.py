@@ -10,14 +10,17 @@ import numpy as np
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.evaluation.registry import METRICS
+from fastcircuit.evaluation.truth import Truth, compare_with_truth, heads_rates
 from fastcircuit.files import read_json, write_json, write_text
-from fastcircuit.sweep.extraction import COLUMNS
 from fastcircuit.sweep.plan import EXTRACTION
 from fastcircuit.sweep.runner import Sweep
 
 
-def circuit_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """Method, seed, threshold, edges, sparsity and every metric of each finished circuit."""
+def circuit_rows(sweep: Sweep, truth: Truth | None = None) -> list[dict[str, Any]]:
+    """Method, seed, threshold, edges, sparsity and every metric of each finished circuit.
+
+    With a known circuit also ``edges_tpr``, ``edges_fpr``, ``nodes_tpr``, ``nodes_fpr``.
+    """
     rows = []
     for job in sweep.jobs:
         if job.method == EXTRACTION:
@@ -31,15 +34,28 @@ def circuit_rows(sweep: Sweep) -> list[dict[str, Any]]:
                 "edges": circuit.num_edges,
                 "sparsity": circuit.sparsity,
                 **circuit.metrics[sweep.plan.split],
+                **(_recovered(circuit, truth) if truth else {}),
             }
         )
     return rows
 
 
-def extraction_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """One row per extracted model (see :func:`fastcircuit.sweep.extraction.extraction_rows`)."""
+def _recovered(circuit: Circuit, truth: Truth) -> dict[str, float | None]:
+    found = compare_with_truth(circuit, truth)
+    return {f"{kind}_{rate}": found[kind][rate] for kind in found if found[kind] for rate in ("tpr", "fpr")}
+
+
+def extraction_rows(sweep: Sweep, truth: Truth | None = None) -> list[dict[str, Any]]:
+    """One row per extracted model (see :func:`fastcircuit.sweep.extraction.extraction_rows`).
+
+    With a known circuit also ``tpr`` and ``fpr`` of its heads.
+    """
     paths = [sweep.path(job) for job in sweep.jobs if job.method == EXTRACTION]
-    return [row for path in paths for row in read_json(path, "run")["rows"]]
+    rows = [row for path in paths for row in read_json(path, "run")["rows"]]
+    if truth is None:
+        return rows
+    found = [heads_rates(row["heads"], truth) for row in rows]
+    return [{**row, "tpr": rate["tpr"], "fpr": rate["fpr"]} for row, rate in zip(rows, found, strict=True)]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,15 +76,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def write_tables(sweep: Sweep, directory: Path) -> list[Path]:
+def write_tables(sweep: Sweep, directory: Path, truth: Truth | None = None) -> list[Path]:
     """Write ``circuits.csv``, ``summary.csv``, ``extraction.csv`` and all of it as ``sweep.json``."""
-    circuits, extracted = circuit_rows(sweep), extraction_rows(sweep)
+    circuits, extracted = circuit_rows(sweep, truth), extraction_rows(sweep, truth)
     short = summary(circuits)
     tables = {"circuits.csv": circuits, "summary.csv": short, "extraction.csv": extracted}
     written = []
     for name, rows in tables.items():
         if rows:
-            columns = COLUMNS if name == "extraction.csv" else list(dict.fromkeys(key for row in rows for key in row))
+            columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "heads"]
             written.append(directory / name)
             write_text(written[-1], _csv(rows, columns))
     written.append(directory / "sweep.json")
