@@ -1,7 +1,7 @@
 """Line plots and scatter plots, as SVG and PNG."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,18 @@ SUFFIXES = (".svg", ".png")
 WIDTH, HEIGHT = 4.6, 3.6  # of one panel, inches
 DPI = 160
 
+Values = Sequence[float] | np.ndarray
+
 
 @dataclass(frozen=True)
 class Line:
     """One line: points in order of x; ``low`` and ``high`` bound a band around it."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    x: Values
+    y: Values
+    low: Values | None = None
+    high: Values | None = None
     style: int = 0
     dashed: bool = False
 
@@ -45,10 +47,9 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     level: tuple[str, float] | None = None
-    points: tuple[Sequence[float], Sequence[float]] | None = None
+    points: tuple[Values, Values] | None = None
     diagonal: bool = False
     title: str = ""
-    x_limits: tuple[float, float] | None = field(default=None)
 
 
 def save_plot(panels: Sequence[Panel], path: Path, title: str, columns: int = 2) -> list[Path]:
@@ -105,8 +106,6 @@ def _draw(axis: Any, panel: Panel) -> dict[str, Any]:
     for scale, is_log in ((axis.set_xscale, panel.log_x), (axis.set_yscale, panel.log_y)):
         if is_log:
             scale("log")
-    if panel.x_limits is not None:
-        axis.set_xlim(*panel.x_limits)
     axis.set_xlabel(panel.x_label, fontsize=9.5)
     axis.set_ylabel(panel.y_label, fontsize=9.5)
     axis.set_title(panel.title, fontsize=10)

@@ -70,8 +70,13 @@ class Sweep:
             return
         circuit = self._circuit(job, task)
         metrics = score(reference, Masks.from_circuit(circuit), task=task)
-        about = {"model": self.model.about, "task": task.name, "provenance": {**dataclasses.asdict(job)}}
-        dataclasses.replace(circuit, **about, metrics={self.plan.split: metrics}).save(self.path(job))
+        dataclasses.replace(
+            circuit,
+            model=self.model.about,
+            task=task.name,
+            metrics={self.plan.split: metrics},
+            provenance=dataclasses.asdict(job),
+        ).save(self.path(job))
 
     def _circuit(self, job: Job, task: Task) -> Circuit:
         plan = self.plan
