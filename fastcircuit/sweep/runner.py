@@ -49,9 +49,12 @@ class Sweep:
         """
         missing = [job for job in self.jobs if not self.path(job).exists()]
         done = len(self.jobs) - len(missing)
-        write_json(self.directory / "plan.json", self.plan.fixed())
+        if missing:
+            self._at(missing[0].seed)  # whatever is wrong with the task is said before anything is written
+            write_json(self.directory / "plan.json", self.plan.fixed())
         for job in missing:
-            self._run(job)
+            if not self.path(job).exists():  # another process may work in the same directory
+                self._run(job)
             done += 1
             if on_run is not None:
                 on_run(job.name, done, len(self.jobs))

@@ -71,7 +71,7 @@ BAD_CALLS = {
     ),
     "truth": (
         "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --truth ioi",
-        "manual circuit ioi is of gpt2",
+        "manual circuit ioi is of GPT-2 small",
     ),
     "scores": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --scores no.safetensors", "does not exist"),
     "no scores": (
