@@ -8,6 +8,7 @@ import typer
 from fastcircuit.cli import bench
 from fastcircuit.cli.compare import compare
 from fastcircuit.cli.console import stderr
+from fastcircuit.cli.convert import convert
 from fastcircuit.cli.demo import demo
 from fastcircuit.cli.discover import discover
 from fastcircuit.cli.draw import draw
@@ -18,7 +19,7 @@ from fastcircuit.cli.serve import serve
 from fastcircuit.cli.sweep import sweep
 from fastcircuit.errors import InputError, RunError
 
-COMMANDS = (info, discover, evaluate, compare, sweep, extract, draw, demo, serve)  # in the order of the help
+COMMANDS = (info, discover, evaluate, compare, sweep, convert, extract, draw, demo, serve)  # in the order of the help
 
 app = typer.Typer(
     help="Find circuits in transformers, and extract them as smaller models.",

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,11 +27,29 @@ def discover(
     model: Model,
     task: TaskName = None,
     data: DataFile = None,
-    method: Annotated[str, typer.Option(help="How to find the circuit: edge-pruning.")] = "edge-pruning",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How to find the circuit: edge-pruning, acdc, eap, eap-ig, eap-ig-activations, clean-corrupted, exact "
+            "or random."
+        ),
+    ] = "edge-pruning",
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of edges to remove, in [0, 1). Default 0.95.", show_default=False)
     ] = None,
     edges: Annotated[int | None, typer.Option(help="Number of edges to keep, instead of --sparsity.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Attributions: number of writers to keep, with their edges.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="acdc: KL rise from which an edge stays; attributions: least score to keep.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="Attributions: kl, logit-difference or nll. Default: kl, and for eap the second.")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(help="Edge Pruning: start from the ranking of an attribution, e.g. eap-ig.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published hyperparameters of an experiment, e.g. ioi.")] = None,
@@ -52,18 +70,15 @@ def discover(
     as_json: AsJson = False,
 ) -> None:
     """Find the edges of MODEL that carry a task; writes circuit.json and masks.safetensors."""
-    from fastcircuit.discovery import preset as preset_settings
-    from fastcircuit.discovery.run import Run
-    from fastcircuit.discovery.settings import Settings
+    from fastcircuit.discovery.run import Run, settings_for
     from fastcircuit.files import check_writable
     from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import metrics_table
 
-    given = {"steps": steps, "batch_size": batch_size, "ablation": ablation, "seed": seed}
-    if upstream_compat:
-        given["upstream_compat"] = True
-    changes = {name: value for name, value in given.items() if value is not None}
-    settings = (preset_settings(preset) if preset else Settings()).changed(changes)
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "warm_start": warm_start, "nodes": nodes}
+    given |= {"threshold": threshold, "loss": loss, "ablation": ablation, "seed": seed}
+    given["upstream_compat"] = upstream_compat or None
+    settings = settings_for(method, preset, {name: value for name, value in given.items() if value is not None})
     check_source(task, data)
     where = out or Path("runs") / f"{Path(model).name}-{data.stem if data else task}"
     run = Run(where, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
@@ -72,7 +87,17 @@ def discover(
     pairs = load_task(model, masked, task, data, seed)
     started = time.perf_counter()
     with watch(stderr) as watcher:
-        circuit = run.discover(masked, pairs, method, settings, sparsity, edges, watcher.on_report, watcher.on_round)
+        circuit = run.discover(
+            masked,
+            pairs,
+            method,
+            settings,
+            sparsity,
+            edges,
+            watcher.on_report,
+            watcher.on_round,
+            watcher.on_progress,
+        )
     result = {
         "edges": circuit.num_edges,
         "total_edges": circuit.graph.num_edges,

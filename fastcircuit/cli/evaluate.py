@@ -25,7 +25,7 @@ from fastcircuit.cli.sources import check_source, load_model, load_task
 
 def evaluate(
     model: Model,
-    circuit: Annotated[Path, typer.Argument(help="circuit.json, or an edges.json of the Edge Pruning code.")],
+    circuit: Annotated[Path, typer.Argument(help="circuit.json, or another tool's (see `convert`).")],
     task: TaskName = None,
     data: DataFile = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",

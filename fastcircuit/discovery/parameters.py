@@ -15,7 +15,6 @@ from fastcircuit.masks import (
     edge_writers,
     probability_of_zero,
     sample,
-    sample_at,
     target_sparsity,
 )
 
@@ -78,9 +77,8 @@ class MaskParameters(nn.Module):
         )
         self.first_target = 0.0
         if settings.warm_start is not None:
-            density, places = warm_density(num_edges, graph.num_edges), np.arange(graph.num_edges)
-            medians = sample_at(warm_log_alphas(places, density), torch.tensor(0.5, dtype=torch.float64))
-            self.first_target = 1 - float(medians.mean())
+            density = warm_density(num_edges, graph.num_edges)
+            self.first_target = 1 - density  # what is on is only partly so: the masks may grow a little at first
             if ranking is not None:
                 self.edge.data.copy_(warm_log_alphas(ranking, density))
         self.edge_multipliers = Lagrangian(settings.linear_term)

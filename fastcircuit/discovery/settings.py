@@ -31,7 +31,7 @@ class Settings:
             code still counts when it clips.
         initial_log_alpha: where every log-alpha starts.
         warm_start: an attribution (``eap-ig``, ...) whose ranking the log-alphas of edges start from instead; the edge
-            target then starts where that leaves the masks. None: from nothing.
+            target then starts at the sparsity of that start. None: from nothing.
         sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
         weight_decay: of AdamW, on log-alphas and multipliers.

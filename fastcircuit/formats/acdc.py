@@ -45,7 +45,9 @@ def recognises(value: Any) -> bool:
 def parse(value: Any, graph: Graph | None) -> CircuitFile:
     """The circuit over ``graph``."""
     if graph is None:
-        raise InputError("an ACDC edge list does not say which model it is of; name the model")
+        raise InputError(
+            "an ACDC list does not say which model it is of; name it (convert --model, evaluate --embedding-nodes)"
+        )
     if isinstance(value, dict):
         own = dataclasses.replace(graph, num_kv_heads=graph.num_heads, embedding_nodes="none")
         return CircuitFile("acdc", to_graph(Circuit.from_edges(own, list(_wrapper_edges(value))), graph))

@@ -21,7 +21,9 @@ def recognises(value: Any) -> bool:
 def parse(edges: list[Any], graph: Graph | None) -> CircuitFile:
     """The kept edges, counted as their names say, over ``graph``."""
     if graph is None:
-        raise InputError("a plain edge list does not say which model it is of; name the model")
+        raise InputError(
+            "a plain edge list does not say which model it is of; name it (convert --model, evaluate --embedding-nodes)"
+        )
     names = {edge[0] for edge in edges if isinstance(edge, list) and edge and isinstance(edge[0], str)}
     counted = {_EMBEDDINGS[name] for name in names & set(_EMBEDDINGS)}
     own = dataclasses.replace(graph, embedding_nodes=counted.pop()) if len(counted) == 1 else graph

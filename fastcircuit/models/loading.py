@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastcircuit import zoo
 from fastcircuit.errors import InputError
-from fastcircuit.graph import EmbeddingNodes
+from fastcircuit.graph import EmbeddingNodes, Graph
 from fastcircuit.models.masked import MaskedCausalLM, check_supported, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -43,6 +43,18 @@ def load_model(
     masked = MaskedCausalLM(model.to(device), embedding_nodes)
     masked.name = name  # not the directory a shipped model lies in here
     return masked
+
+
+def load_graph(name: str, embedding_nodes: EmbeddingNodes = "split") -> Graph:
+    """The graph of a model, from its config alone; InputError when there is none or it is unsupported."""
+    path = locate(name)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise InputError(f"cannot load the config of {name!r}: {first_line(error)}") from error
+    check_supported(config)
+    return Graph.from_config(config, embedding_nodes)
 
 
 def choose_device(name: str) -> str:

@@ -149,3 +149,41 @@ def test_a_directory_that_may_not_be_written_is_refused_at_once(refuses):
         "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --out locked/run",
         "cannot write into locked/run: Permission denied",
     )
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig", "acdc"])
+def test_other_methods(shelf, run, method):
+    size = ["--threshold", "0.0005"] if method == "acdc" else ["--edges", "40"]
+    code, out, err = run(
+        "discover", shelf / "llama", "--data", shelf / "pairs.jsonl", "--method", method, *size, "--json",
+        *(["--loss", "nll"] if method == "eap" else []),
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    circuit = Circuit.load(found["files"][0])
+    assert circuit.provenance["method"] == method
+    assert circuit.num_edges == found["discover"]["edges"]
+    assert load_file(found["files"][1])["edge"].shape == (circuit.graph.num_edges,)
+    if method != "acdc":
+        assert circuit.num_edges == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "magic"], "methods are edge-pruning, eap"),
+        (["--method", "acdc", "--threshold", "-1"], "acdc needs a KL rise in nats, 0 or more"),
+        (["--method", "eap-ig", "--edges", "100000"], "edges to keep"),
+        (["--method", "eap-ig", "--preset", "ioi"], "presets are of edge-pruning"),
+        (["--method", "eap"], "use loss nll"),
+        (["--warm-start", "magic"], "attribution methods are eap"),
+        (["--nodes", "3"], "no setting 'nodes'"),
+    ],
+)
+def test_options_that_do_not_fit_a_method(shelf, run, options, message):
+    code, out, err = run("discover", shelf / "llama", "--data", shelf / "pairs.jsonl", *options)
+    assert code == 2
+    assert not out
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not Path("runs").exists()

@@ -10,7 +10,7 @@ from fastcircuit.graph import Graph
 JOINT, SPLIT, NONE = (Graph(12, 12, 12, nodes) for nodes in ("joint", "split", "none"))
 ATTENTION_ONLY = Graph(4, 8, 8, "joint")
 # Heads and edges: Wang et al. 26 heads, which ACDC counts 1041 edges for, 78 of them within the heads; Hanna et al.'s
-# graph in the MIB track 240; Heimersheim and Janiak's 37, of which 13 are within the heads. Heads of the extraction.
+# graph in the MIB track 240; Heimersheim and Janiak 37, of which 13 are within the heads.
 COUNTS = {
     "ioi": (26, 963),
     "greater-than": (11, 240),

@@ -254,6 +254,8 @@ def test_a_tokenizer_a_task_does_not_fit_is_one_clear_line(name, tokenizer, requ
 
 
 def test_the_word_that_is_split_is_named(stories):
+    with pytest.raises(InputError, match=r"splits the answer '(True|False)' into \d tokens after"):
+        load_task("boolean-few-shot", stories, sizes=SMALL)
     with pytest.raises(InputError, match=r"has \d+ of 99 \('\w+' takes \d"):
         load_task("ioi-t1", stories)
 
