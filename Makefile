@@ -12,7 +12,7 @@ BUILT := $(VENV)/.built
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS:%=-c %)
 CUDA := import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here: nothing was run")
 
-.PHONY: help setup demo test lint bench bench-check bench-record bench-plot test-gpu bench-gpu
+.PHONY: help setup demo test lint bench sweep bench-check bench-record bench-plot test-gpu bench-gpu
 
 help:  ## say what each target does
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,16 @@ bench-record: setup  ## benchmarks in full, rows appended to bench/results (comm
 
 bench-plot: setup  ## draw the rows of bench/results: the pictures of the README
 	$(BIN)/fastcircuit bench plot --results bench/results --out bench/pictures
+
+# Every method on both shipped models with three seeds; what is finished is not run again.
+SWEEPS := bench/results/sweeps
+SWEEP_SEEDS ?= 0,1,2
+sweep: setup  ## compare all methods on the shipped models: tables and plots in bench/results/sweeps
+	$(BIN)/fastcircuit sweep stories260K --task pronoun --train-size 150 --test-size 150 --steps 400 --batch-size 8 \
+	  --sparsities 0.9,0.95,0.97,0.98 --thresholds 0.001,0.003,0.01,0.03 --seeds $(SWEEP_SEEDS) --out $(SWEEPS)/pronoun
+	$(BIN)/fastcircuit sweep induction-gpt2 --task induction --train-size 150 --test-size 150 --steps 400 --batch-size 8 \
+	  --sparsities 0.5,0.65,0.75,0.85 --thresholds 0.003,0.01,0.03,0.1,0.3 --seeds $(SWEEP_SEEDS) \
+	  --truth bench/cases/induction_circuit.json --out $(SWEEPS)/induction
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'

@@ -19,7 +19,7 @@ LAYERS = [
     {"tasks", "evaluation"},
     {"discovery", "extraction", "submodel"},
     {"serving", "report", "system"},
-    {"demo", "benchmarks"},
+    {"demo", "sweep", "benchmarks"},
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

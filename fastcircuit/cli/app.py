@@ -16,9 +16,10 @@ from fastcircuit.cli.evaluate import evaluate
 from fastcircuit.cli.extract import extract
 from fastcircuit.cli.info import info
 from fastcircuit.cli.serve import serve
+from fastcircuit.cli.sweep import sweep
 from fastcircuit.errors import InputError, RunError
 
-COMMANDS = (info, discover, evaluate, compare, convert, extract, draw, demo, serve)  # in the order of the help
+COMMANDS = (info, discover, evaluate, compare, sweep, convert, extract, draw, demo, serve)  # in the order of the help
 
 app = typer.Typer(
     help="Find circuits in transformers, and extract them as smaller models.",

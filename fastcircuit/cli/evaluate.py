@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fastcircuit.cli.console import print_json, stdout
+from fastcircuit.cli.analyses import Analyses
+from fastcircuit.cli.console import print_json, stderr, stdout
 from fastcircuit.cli.options import (
     AsJson,
     DataFile,
@@ -28,6 +29,31 @@ def evaluate(
     task: TaskName = None,
     data: DataFile = None,
     split: Annotated[str, typer.Option(help="Split to evaluate on.")] = "test",
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas. Default: all that the task has.", show_default=False),
+    ] = None,
+    bootstrap: Annotated[
+        int, typer.Option(help="Resamples for an interval around every mean; 0: no intervals.", min=0)
+    ] = 0,
+    confidence: Annotated[float, typer.Option(help="Of the intervals, between 0 and 1.")] = 0.95,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="A discovery's masks.safetensors: faithfulness at every size, CPR and CMD.", show_default=False
+        ),
+    ] = None,
+    signed: Annotated[bool, typer.Option("--signed", help="Rank --scores by value, not by size.")] = False,
+    completeness: Annotated[
+        int | None, typer.Option(help="Remove so many random parts from circuit and model, and compare.", min=1)
+    ] = None,
+    edge_faithfulness: Annotated[
+        Path | None,
+        typer.Option(help="Remove every edge alone, from circuit and model; write this .csv and a plot beside it."),
+    ] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="Known circuit to compare with: a file, or a manual circuit by name.")
+    ] = None,
     embedding_nodes: Annotated[
         EmbeddingNodes | None, typer.Option(help="Of an edges.json; a circuit.json says so itself.", show_default=False)
     ] = None,
@@ -36,11 +62,18 @@ def evaluate(
     dtype: InDtype = Dtype.float32,
     as_json: AsJson = False,
 ) -> None:
-    """How faithful a circuit is: KL, accuracy, logit difference, exact match."""
+    """How faithful a circuit is: KL, accuracy, logit and probability difference, exact match, rank correlation."""
     from fastcircuit.circuit import Circuit
     from fastcircuit.evaluation.faithfulness import evaluate as measure
-    from fastcircuit.report.tables import metrics_table
+    from fastcircuit.evaluation.registry import check_names
+    from fastcircuit.evaluation.size import sizes
+    from fastcircuit.report.progress import watch
+    from fastcircuit.report.tables import analysis_tables, metrics_table
 
+    names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+    check_names(names)
+    analyses = Analyses(completeness, edge_faithfulness, scores, signed, truth, bootstrap, confidence, seed)
+    analyses.check()
     loaded = None if embedding_nodes else Circuit.load(circuit)
     if loaded and task is None and data is None:
         task = loaded.task
@@ -49,10 +82,10 @@ def evaluate(
     masked = load_model(model, device, dtype, nodes)
     kept = loaded or Circuit.load(circuit, masked.graph)
     pairs = load_task(model, masked, task, data, seed)
-    metrics = measure(masked, kept, pairs, split)
+    found = measure(masked, kept, pairs, split, metrics=names, resamples=bootstrap, confidence=confidence, seed=seed)
+    with watch(stderr) as watcher:
+        more = analyses.run(masked, kept, pairs, split, watcher)
     if as_json:
-        print_json(
-            {"edges": kept.num_edges, "total_edges": kept.graph.num_edges, "sparsity": kept.sparsity, split: metrics}
-        )
+        print_json({**sizes(kept), split: found, **more})
     else:
-        stdout.print(metrics_table(dataclasses.replace(kept, metrics={split: metrics})))
+        stdout.print(metrics_table(dataclasses.replace(kept, metrics={split: found})), *analysis_tables(more))

@@ -46,6 +46,10 @@ def extract(
     answers_only: Annotated[
         bool, typer.Option("--answers-only", help="Logits of the task's answer tokens only; cannot generate text.")
     ] = False,
+    distill: Annotated[
+        int | None,
+        typer.Option(help="Also train a student of at most this size for so many epochs, to compare with.", min=1),
+    ] = None,
     seed: Seed = 0,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.float32,
@@ -53,6 +57,7 @@ def extract(
 ) -> None:
     """Turn MODEL into a smaller model that is enough for a task; writes a Hugging Face model directory."""
     from fastcircuit.circuit import Circuit
+    from fastcircuit.extraction.distillation import distill as train_student
     from fastcircuit.extraction.extract import check_options, run_extraction, speed_of
     from fastcircuit.files import check_new
     from fastcircuit.models.loading import load_tokenizer
@@ -78,10 +83,26 @@ def extract(
             masked, pairs, answers_only=answers_only, seed=seed, on_candidate=watcher.on_candidate, **options
         )
         rows = speed_of(masked, extraction, pairs, watcher.on_row)
+        student = None
+        if distill is not None:
+            student = train_student(
+                masked,
+                pairs,
+                extraction.size.blocks,
+                distill,
+                seed=seed,
+                on_epoch=lambda done, most: watcher.on_progress("distill", done, most),
+            ).to_dict()
     extraction.save(out, load_tokenizer(model), rows)
     found, speed = extraction.to_dict(), [row.to_dict() for row in rows]
     if as_json:
-        print_json({"extract": {**found, "speed": speed}, "directory": str(out)})
+        baseline = {} if student is None else {"distillation": student}
+        print_json({"extract": {**found, "speed": speed, **baseline}, "directory": str(out)})
     else:
         stdout.print(extraction_table(found, pairs.name), speed_table(speed))
+        if student is not None:
+            stdout.print(
+                f"a student of {student['layers']} layers, distilled: accuracy {student['accuracy']:.4f}, "
+                f"KL {student['kl']:.4f} nats (the best of {distill} epochs on validation prompts)"
+            )
         stdout.print(f"wrote {out}", soft_wrap=True)

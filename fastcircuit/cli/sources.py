@@ -1,5 +1,6 @@
 """The model and the task that a command is about."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ def check_source(task: str | None, data: Path | None) -> None:
         raise InputError(f"data file {data} does not exist" if not data.exists() else f"data file {data} is no file")
 
 
-def load_task(model: str, masked: Any, task: str | None, data: Path | None, seed: int) -> Any:
+def load_task(
+    model: str, masked: Any, task: str | None, data: Path | None, seed: int, sizes: Mapping[str, int] | None = None
+) -> Any:
     """The task by name or from a file, in the tokens of ``model``, and known to the vocabulary of ``masked``."""
     from fastcircuit import tasks
     from fastcircuit.models.loading import load_tokenizer
 
-    pairs = tasks.load_task(task or f"{data}", load_tokenizer(model), seed=seed)
+    pairs = tasks.load_task(task or f"{data}", load_tokenizer(model), seed=seed, sizes=sizes)
     pairs.check_vocabulary(masked.config.vocab_size)
     return pairs

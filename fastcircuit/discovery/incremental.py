@@ -97,8 +97,25 @@ class IncrementalRun:
     @torch.no_grad()
     def without(self, number: int, row: int, writers: list[int]) -> Trial:
         """Variants in which reader ``row`` of site ``number`` loses the first, the first two, ... of ``writers``."""
-        removed = self._removable(number, row)[writers]
-        reads = {row: self._read(number, row) - removed.cumsum(0)}
+        return self._behind(number, row, self._removable(number, row)[writers].cumsum(0))
+
+    @torch.no_grad()
+    def without_each(self, number: int, row: int, writers: list[int]) -> Trial:
+        """Variants in which reader ``row`` of site ``number`` loses one of ``writers``."""
+        return self._behind(number, row, self._removable(number, row)[writers])
+
+    @torch.no_grad()
+    def without_all(self, number: int, row: int, writers: list[int]) -> Trial:
+        """The one variant in which reader ``row`` of site ``number`` loses all of ``writers``."""
+        return self._behind(number, row, self._removable(number, row)[writers].sum(0, keepdim=True))
+
+    def is_live(self, number: int, row: int) -> bool:
+        """Whether a kept path joins what reader ``row`` of site ``number`` feeds to the output."""
+        return bool(self._live_readers[self.graph.sites[number].first_reader + row])
+
+    def _behind(self, number: int, row: int, removed: Tensor) -> Trial:
+        """Variants in which reader ``row`` of site ``number`` sees less, by ``[K, T, d]`` or ``[K, N, d]``."""
+        reads = {row: self._read(number, row) - removed}
         trial, changes = Trial(), _Changes(self.clean.answers)
         for site in range(number, self.clean.num_sites + 1):
             if site > number:
@@ -109,7 +126,7 @@ class IncrementalRun:
                 (self._run_mlp if site % 2 else self._run_heads)(site, reads, trial, changes)
         final = reads.get(0)
         if final is None:
-            final = self._read(self.clean.num_sites, 0).expand(len(writers), -1, -1)
+            final = self._read(self.clean.num_sites, 0).expand(len(removed), -1, -1)
         trial.losses = self.point.losses(final)
         return trial
 

@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastcircuit.circuit import Ablation, Circuit
@@ -22,6 +24,7 @@ class Scores:
         edge: float64 ``[num_edges]`` in the order of ``graph.edges``.
         node: float64 ``[num_writers]`` in the order of ``graph.writers``.
         ablation: what a removed edge carries.
+        log_alpha: the scores are Edge Pruning's log-alphas, of which the lowest are removed first, not the smallest.
 
     Raises:
         InputError: a wrong shape, or a score that is NaN.
@@ -31,6 +34,7 @@ class Scores:
     edge: np.ndarray
     node: np.ndarray
     ablation: Ablation = "interchange"
+    log_alpha: bool = False
 
     def __post_init__(self) -> None:
         names = {"edge": self.graph.num_edges, "node": self.graph.num_writers}
@@ -45,7 +49,11 @@ class Scores:
 
     def ranking(self, absolute: bool = True) -> np.ndarray:
         """What edges are ordered by, ``[num_edges]``: the score's size, or the score itself."""
-        return np.abs(self.edge) if absolute else self.edge
+        return np.abs(self.edge) if absolute and not self.log_alpha else self.edge
+
+    def node_ranking(self, absolute: bool = True) -> np.ndarray:
+        """What writers are ordered by, ``[num_writers]``."""
+        return np.abs(self.node) if absolute and not self.log_alpha else self.node
 
     def circuit(
         self,
@@ -87,7 +95,7 @@ class Scores:
         graph = self.graph
         if not 1 <= nodes <= graph.num_writers:
             raise InputError(f"nodes is {nodes}; this model has 1 to {graph.num_writers} writers to keep")
-        ranking = np.abs(self.node) if absolute else self.node
+        ranking = self.node_ranking(absolute)
         kept = np.zeros(graph.num_writers, dtype=bool)
         kept[np.argsort(-ranking, kind="stable")[:nodes]] = True
         readers = np.zeros(graph.num_readers, dtype=bool)
@@ -103,6 +111,26 @@ class Scores:
         tensors = {"edge": torch.from_numpy(self.edge.copy()), "node": torch.from_numpy(self.node.copy())}
         metadata = {"format": "fastcircuit.scores/1"}
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], graph: Graph, ablation: Ablation = "interchange") -> "Scores":
+        """Read what :meth:`save` wrote, or a discovery's ``masks.safetensors``.
+
+        Raises:
+            InputError: no such file, no scores in it, scores of another graph, or a score that is NaN.
+        """
+        if not Path(path).is_file():
+            raise InputError(f"scores file {path} does not exist")
+        try:
+            with safe_open(path, "pt") as file:
+                edge, node = (file.get_tensor(name).double().numpy() for name in ("edge", "node"))
+                columns = (file.metadata() or {}).get("columns", "")
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"scores file {path} cannot be read: {error}; it needs tensors edge and node") from None
+        try:
+            return cls(graph, edge, node, ablation, log_alpha=columns.startswith("step,"))
+        except InputError as error:
+            raise InputError(f"scores file {path}: {error}") from None
 
 
 def node_scores(graph: Graph, edge: np.ndarray) -> np.ndarray:

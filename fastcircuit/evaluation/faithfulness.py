@@ -1,15 +1,18 @@
 """How well a circuit stands in for the full model: every metric over one split of a task."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastcircuit.circuit import Circuit
+from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.errors import InputError
-from fastcircuit.evaluation.metrics import accuracy, exact_match, kl_divergence, logit_difference
-from fastcircuit.evaluation.reference import Batch, Reference
+from fastcircuit.evaluation.bootstrap import CONFIDENCE, bootstrap, check_bootstrap
+from fastcircuit.evaluation.metrics import example_means, kl_divergence
+from fastcircuit.evaluation.reference import DEFAULT_BUDGET, Batch, Reference
+from fastcircuit.evaluation.registry import Metric, Predictions, Question, check_names, choose
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -30,27 +33,61 @@ def check_circuit_fits(model: MaskedCausalLM, circuit: Circuit) -> None:
 
 
 def evaluate(
-    model: MaskedCausalLM, circuit: Circuit, task: Task, split: str = "test", output_bias: str = "split"
+    model: MaskedCausalLM,
+    circuit: Circuit,
+    task: Task,
+    split: str = "test",
+    output_bias: str = "split",
+    metrics: Sequence[str] | None = None,
+    resamples: int = 0,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Faithfulness of ``circuit`` on one split, removed edges ablated as the circuit says.
 
     Means and zeros of mean and zero ablation come from the train split's corrupted prompts.
 
+    Args:
+        metrics: names out of ``registry.METRICS``; None: all that the task has.
+        resamples: bootstrap resamples for confidence intervals of every mean; 0: none.
+        confidence: of the intervals.
+        seed: of the bootstrap.
+
     Returns:
-        ``kl`` (nats, mean over examples), ``accuracy``, ``exact_match`` and ``model_accuracy`` (fractions of answer
-        positions), ``logit_difference`` and ``model_logit_difference`` (nats; None without distractors), ``examples``.
+        Every metric, the mean over examples of the mean over each one's answers, and, where the full model has one
+        too, that as ``model_NAME``; ``examples``, and with ``resamples`` ``intervals``, ``{name: [low, high]}``.
+
+    Raises:
+        InputError: a circuit of another model, no such split, an unknown metric or one that the task has not got.
     """
+    check_names(metrics)
+    if resamples:
+        check_bootstrap(resamples, confidence)
     check_circuit_fits(model, circuit)
-    reference = Reference(
-        model,
-        task.split(split),
-        circuit.ablation,
-        output_bias,
-        task.answer_tokens,
-        patching=task.split("train") if circuit.ablation == "mean" else None,
-        budget=0,
-    )
-    return score(reference, Masks.from_circuit(circuit))
+    reference = task_reference(model, circuit.ablation, task, split, output_bias, budget=0)
+    values = score_examples(reference, Masks.from_circuit(circuit), metrics, task)
+    found = _means(values, len(reference))
+    if resamples:
+        known = {name: column for name, column in values.items() if not np.isnan(column).all()}
+        intervals = bootstrap(np.stack(list(known.values())), seed, resamples, confidence)
+        found["intervals"] = {name: [i.low, i.high] for name, i in zip(known, intervals, strict=True)}
+    return found
+
+
+def task_reference(
+    model: MaskedCausalLM,
+    ablation: Ablation,
+    task: Task,
+    split: str = "test",
+    output_bias: str = "split",
+    budget: int = DEFAULT_BUDGET,
+) -> Reference:
+    """What circuits of one ablation are measured against on a split (see :class:`Reference` for ``budget``)."""
+    examples = task.split(split)
+    if not len(examples):
+        raise InputError(f"split {split!r} of task {task.name} is empty; there is nothing to evaluate on")
+    patching = task.split("train") if ablation == "mean" else None
+    return Reference(model, examples, ablation, output_bias, task.answer_tokens, patching=patching, budget=budget)
 
 
 @torch.no_grad()
@@ -61,38 +98,43 @@ def circuit_log_probs(reference: Reference, masks: Masks, batch: Batch) -> Tenso
     return reference.restrict(model.unembed(read))
 
 
-def score(reference: Reference, masks: Masks) -> dict[str, Any]:
-    """All metrics of ``masks`` over the examples of ``reference`` (see :func:`evaluate`)."""
-    totals: dict[str, tuple[float, int]] = {}
+def score(
+    reference: Reference, masks: Masks, metrics: Sequence[str] | None = None, task: Task | None = None
+) -> dict[str, Any]:
+    """Metrics of ``masks`` over the examples of ``reference`` (see :func:`evaluate`)."""
+    return _means(score_examples(reference, masks, metrics, task), len(reference))
+
+
+def score_examples(
+    reference: Reference, masks: Masks, metrics: Sequence[str] | None = None, task: Task | None = None
+) -> dict[str, np.ndarray]:
+    """Metrics of every example, float64 ``[examples]``, NaN where an example has none.
+
+    Args:
+        task: says whether its answers have an order.
+    """
+    question = Question.of(reference, task)
+    chosen = choose(metrics, question)
+    found: dict[str, list[Tensor]] = {}
     for batch in reference.batches(BATCH_SIZE):
-        for name, values in _metrics(reference, masks, batch).items():
-            added, counted = batch.answers.example_total(values, batch.size)
-            total, count = totals.get(name, (0.0, 0))
-            totals[name] = total + float(added), count + int(counted)
-    means = {name: total / count if count else None for name, (total, count) in totals.items()}
-    return {**means, "examples": len(reference)}
+        predictions = Predictions.at(batch.answers, circuit_log_probs(reference, masks, batch), question)
+        for name, values in _measured(chosen, predictions):
+            means = example_means(values.double(), batch.answers.example, batch.size)
+            found.setdefault(name, []).append(means.cpu())
+    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
 
 
-def _metrics(reference: Reference, masks: Masks, batch: Batch) -> dict[str, Tensor]:
-    answers = batch.answers
-    log_probs = circuit_log_probs(reference, masks, batch)
-    right, wrong = (_local(tokens, reference.answer_tokens) for tokens in (answers.right, answers.wrong))
-    return {
-        "kl": kl_divergence(answers.log_probs, log_probs),
-        "accuracy": accuracy(log_probs, right),
-        "exact_match": exact_match(answers.log_probs, log_probs),
-        "logit_difference": logit_difference(log_probs, right, wrong),
-        "model_accuracy": accuracy(answers.log_probs, right),
-        "model_logit_difference": logit_difference(answers.log_probs, right, wrong),
-    }
+def _measured(metrics: Sequence[Metric], predictions: Predictions) -> Iterator[tuple[str, Tensor]]:
+    for metric in metrics:
+        yield metric.name, metric.measure(predictions.circuit, predictions)
+    for metric in metrics:
+        if metric.of_model:
+            yield f"model_{metric.name}", metric.measure(predictions.model, predictions)
 
 
-def _local(tokens: Tensor, answer_tokens: Tensor | None) -> Tensor:
-    """Token ids as columns of the restricted distribution; -100 for what is not among the answer tokens."""
-    if answer_tokens is None:
-        return tokens
-    matches = tokens[:, None] == answer_tokens
-    return torch.where(matches.any(1), matches.int().argmax(1), -100)
+def _means(values: dict[str, np.ndarray], examples: int) -> dict[str, Any]:
+    known = {name: column[~np.isnan(column)] for name, column in values.items()}
+    return {**{name: float(some.mean()) if len(some) else None for name, some in known.items()}, "examples": examples}
 
 
 def mean_kl(reference: Reference, masks: Masks, batches: Iterable[Batch] | None = None) -> float:

@@ -173,7 +173,7 @@ class Reference:
         states: list[States] = []
         log_probs: list[Tensor] = []
         self.num_kept = used = 0
-        for first, last in token_chunks(self.lengths) if budget > 0 else ():
+        for first, last in token_chunks(self.lengths, CHUNK_TOKENS) if budget > 0 else ():
             ablated, answers = self._compute(self.examples.select(torch.arange(first, last)))
             used += _bytes(answers) + (_states_bytes(ablated) if self.interchange else 0)
             if used > budget:

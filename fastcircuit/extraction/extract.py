@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.bootstrap import Interval
 from fastcircuit.evaluation.faithfulness import check_circuit_fits, circuit_log_probs
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.extraction.ablation import ablation_constants, check_ablation, equal_length
 from fastcircuit.extraction.path import OnCandidate
 from fastcircuit.extraction.prune import MOST_EXAMPLES, THRESHOLD, check_numbers, halves, prune
-from fastcircuit.extraction.score import Interval, score
+from fastcircuit.extraction.score import score
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.submodel.card import CardFacts, model_card

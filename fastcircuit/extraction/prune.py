@@ -8,12 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.bootstrap import Interval
 from fastcircuit.extraction import greedy, reference
 from fastcircuit.extraction.ablation import ablation_constants, equal_length
 from fastcircuit.extraction.candidates import HEAD_ORDERS, Candidate, FloatError, Rule, layer_order
 from fastcircuit.extraction.evaluator import Evaluator
 from fastcircuit.extraction.path import OnCandidate, Path
-from fastcircuit.extraction.score import Interval, score
+from fastcircuit.extraction.score import score
 from fastcircuit.extraction.size import Sizes
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.submodel.kept import Constants, Kept

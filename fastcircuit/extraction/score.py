@@ -1,12 +1,11 @@
 """How well pruned models stand in for the original on held-out examples, with bootstrap confidence intervals."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcircuit.evaluation.metrics import accuracy, exact_match, kl_divergence, logit_difference
+from fastcircuit.evaluation.bootstrap import Interval, bootstrap
+from fastcircuit.evaluation.metrics import accuracy, exact_match, example_means, kl_divergence, logit_difference
 from fastcircuit.extraction.ablation import check_finite
 from fastcircuit.extraction.blocks import LayerConstants, PrunedBlock, Suffix
 from fastcircuit.extraction.prefix import original_block
@@ -14,18 +13,6 @@ from fastcircuit.extraction.prompts import Prompts, chunked
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.submodel.kept import Constants, Kept
 from fastcircuit.tasks.task import Examples
-
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over examples and its bootstrap confidence interval (percentiles, 95 %)."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @torch.no_grad()
@@ -75,26 +62,6 @@ def pruned_model(model: MaskedCausalLM, constants: Constants, kept: Kept) -> Suf
     return Suffix(tuple(blocks), tuple(removed))
 
 
-def bootstrap(values: np.ndarray, seed: int = 0) -> list[Interval]:
-    """Means of M metrics over N examples, ``[M, N]`` (NaN: not defined for an example), and percentile intervals.
-
-    RESAMPLES times N examples are drawn with replacement, the same ones for every metric.
-    """
-    generator = np.random.default_rng(seed)
-    count = values.shape[1]
-    known, filled = ~np.isnan(values), np.nan_to_num(values)
-    sums, counts = (np.empty((RESAMPLES, len(values))) for _ in range(2))
-    for sample in range(RESAMPLES):
-        times_drawn = np.bincount(generator.integers(count, size=count), minlength=count)
-        sums[sample], counts[sample] = filled @ times_drawn, known @ times_drawn
-    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)  # [RESAMPLES, M]
-    bounds = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return [
-        Interval(float(mean), float(low), float(high))
-        for mean, low, high in zip(np.nanmean(values, axis=1), *bounds, strict=True)
-    ]
-
-
 def _key(kept: Kept) -> bytes:
     return kept.heads.tobytes() + kept.mlps.tobytes()
 
@@ -130,13 +97,7 @@ def _per_example(reference: Tensor, log_probs: Tensor, examples: Examples, outsi
         "accuracy_change": hits - model_hits,
     }
     example = examples.answer_mask.nonzero()[:, 0]
-    return {name: _example_means(values.double().cpu(), example, len(examples)) for name, values in metrics.items()}
-
-
-def _example_means(values: Tensor, example: Tensor, count: int) -> Tensor:
-    known = ~values.isnan()
-    totals = torch.zeros(count, dtype=values.dtype).index_add(0, example[known], values[known])
-    return totals / torch.bincount(example[known], minlength=count)
+    return {name: example_means(values.double().cpu(), example, len(examples)) for name, values in metrics.items()}
 
 
 def _intervals(metrics: dict[str, Tensor], seed: int) -> dict[str, Interval]:

@@ -35,6 +35,10 @@ class Watcher(ABC):
         """After a part of anything that counts up to ``most``."""
         self._show(stage, done, most, "")
 
+    def on_run(self, name: str, done: int, most: int, left: float) -> None:
+        """After a run of a sweep; ``left`` is in seconds."""
+        self._show("sweep", done, most, f"{name}  about {left / 60:.0f} min left" if left >= 60 else name)
+
     def on_candidate(self, done: int, most: int) -> None:
         """After some candidates of an extraction were decided."""
         self._show("extract", done, most, "components decided")

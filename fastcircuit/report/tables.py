@@ -1,15 +1,19 @@
 """Tables for the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from fastcircuit.circuit import Circuit
+from fastcircuit.evaluation.registry import METRICS
+
+_ITSELF = {"kl": "0", "exact_match": "1", "kendall_tau": "1"}  # the full model compared with itself
 
 
 def metrics_table(circuit: Circuit) -> Group:
-    """A circuit's size and its metrics, circuit beside full model where both exist."""
+    """A circuit's size and its metrics with their intervals, circuit beside full model where both exist."""
     graph = circuit.graph
     head = (
         f"{circuit.num_edges} of {graph.num_edges} edges ({circuit.sparsity:.1%} removed), {len(circuit.nodes)} writers"
@@ -19,13 +23,10 @@ def metrics_table(circuit: Circuit) -> Group:
         table = Table(
             "metric", "circuit", "full model", title=f"{circuit.task or 'task'}, {split}", title_justify="left"
         )
-        for name, unit, own in (
-            ("kl", "KL(full || circuit), nats", "0"),
-            ("accuracy", "accuracy", _number(metrics, "model_accuracy")),
-            ("exact_match", "same first token", "1"),
-            ("logit_difference", "logit difference, nats", _number(metrics, "model_logit_difference")),
-        ):
-            table.add_row(unit, _number(metrics, name), own)
+        for name, metric in METRICS.items():
+            if name in metrics:
+                own = _number(metrics, f"model_{name}") if metric.of_model else _ITSELF[name]
+                table.add_row(metric.label, _number(metrics, name) + _interval(metrics, name), own)
         parts += [table, f"on {metrics['examples']} prompts"]
     return Group(*parts)
 
@@ -66,6 +67,65 @@ def extraction_table(found: dict[str, Any], task: str) -> Group:
         metrics.add_row("KL(edge circuit || submodel), nats", _number(found, "circuit_kl"), "")
     ties = [f"{found['near_ties']} decisions were within rounding of the threshold"] if found["near_ties"] else []
     return Group(kept, sizes, metrics, *ties)
+
+
+def analysis_tables(found: dict[str, Any]) -> list[Table]:
+    """What ``evaluate`` was asked for beyond metrics (see ``fastcircuit.cli.analyses``), a table each."""
+    tables = []
+    if "faithfulness" in found:
+        curve = found["faithfulness"]
+        title = f"faithfulness of {curve['metric']}: CPR {_area(curve['cpr'])}, CMD {_area(curve['cmd'])}"
+        table = Table("edges", "of all", curve["metric"], "faithfulness", title=title, title_justify="left")
+        for point in curve["points"]:
+            table.add_row(
+                str(point["edges"]),
+                f"{point['fraction']:.1%}",
+                _number(point, curve["metric"]),
+                _number(point, "faithfulness"),
+            )
+        tables.append(table)
+    if "truth" in found:
+        table = Table("recovered", "TPR", "FPR", "precision", "AUC of the scores", title_justify="left")
+        for kind, rates in found["truth"].items():
+            if rates is not None:
+                curve = found.get("roc", {}).get(kind) or {}
+                table.add_row(
+                    kind, *(_number(rates, name) for name in ("tpr", "fpr", "precision")), _number(curve, "auc")
+                )
+        tables.append(table)
+    if "completeness" in found:
+        value = found["completeness"]
+        table = Table("incompleteness", f"gap in {value['metric']}")
+        table.add_row("mean over subsets", _number(value, "mean"))
+        table.add_row("worst", _number(value, "worst"))
+        tables.append(table)
+    if "edge_faithfulness" in found:
+        value = found["edge_faithfulness"]
+        table = Table("edges alone", "value", title=f"wrote {', '.join(value['files'])}", title_justify="left")
+        table.add_row("correlation of model's and circuit's KL", _number(value, "correlation"))
+        table.add_row("least rise of the circuit's KL, nats", _number(value["minimality"], "least_rise"))
+        table.add_row("edges that raise nothing", str(value["minimality"]["not_needed"]))
+        tables.append(table)
+    return tables
+
+
+def cross_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """What :func:`fastcircuit.evaluation.cross.cross_evaluate` found: a row per circuit and task."""
+    names = [name for name in METRICS if any(name in row for row in rows)]
+    table = Table("circuit", "edges", "task", *(METRICS[name].label for name in names))
+    for row in rows:
+        table.add_row(row["circuit"], str(row["edges"]), row["task"], *(_number(row, name) for name in names))
+    return table
+
+
+def sweep_table(rows: Sequence[dict[str, Any]], task: str, split: str) -> Table:
+    """Means over seeds, with deviations, of every method at every size (see ``fastcircuit.sweep.tables.summary``)."""
+    names = [name for name in METRICS if any(name in row for row in rows)]
+    table = Table("method", "edges", "sparsity", *(METRICS[name].label for name in names), title=f"{task}, {split}")
+    for row in rows:
+        numbers = [_number(row, name) + _deviation(row, name) for name in names]
+        table.add_row(row["method"], f"{row['edges']:.0f}", f"{row['sparsity']:.1%}", *numbers)
+    return table
 
 
 def speed_table(rows: list[dict[str, Any]]) -> Table:
@@ -149,6 +209,24 @@ def info_table(found: dict[str, Any]) -> Table:
     for key in ("architectures", "models", "tasks"):
         table.add_row(key, ", ".join(found[key]))
     return table
+
+
+def _interval(metrics: dict[str, Any], name: str) -> str:
+    bounds = metrics.get("intervals", {}).get(name)
+    return "" if bounds is None else f" ({bounds[0]:.4f} to {bounds[1]:.4f})"
+
+
+def _area(value: Any) -> str:
+    return (
+        f"{value['mean']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
+        if isinstance(value, dict)
+        else f"{value:.4f}"
+    )
+
+
+def _deviation(values: dict[str, Any], name: str) -> str:
+    deviation = values.get(f"{name}_deviation")
+    return "" if deviation is None else f" +- {deviation:.3f}"
 
 
 def _number(values: dict[str, Any], name: str) -> str:

@@ -1,5 +1,7 @@
 """``fastcircuit evaluate``."""
 
+from pathlib import Path
+
 import pytest
 
 from fastcircuit.circuit import Circuit
@@ -9,7 +11,7 @@ def test_evaluate(shelf, finished, run, answer):
     arguments = ["evaluate", shelf / "gpt2", finished / "circuit.json", "--data", shelf / "pairs.jsonl"]
     found = answer(*arguments)
     assert found["test"] == Circuit.load(finished / "circuit.json").metrics["test"]
-    assert set(answer(*arguments, "--split", "train")) == {"edges", "total_edges", "sparsity", "train"}
+    assert {"edges", "total_edges", "sparsity", "train"} < set(answer(*arguments, "--split", "train"))
     code, out, err = run(*arguments)
     assert (code, err) == (0, "")
     assert "accuracy" in out
@@ -22,12 +24,62 @@ def test_evaluate_reads_a_plain_edge_list(shelf, finished, answer):
     assert answer("evaluate", shelf / "gpt2", "edges.json", *arguments)["test"] == circuit.metrics["test"]
 
 
+def test_metrics_and_intervals(shelf, finished, run, answer):
+    arguments = ["evaluate", shelf / "gpt2", finished / "circuit.json", "--data", shelf / "pairs.jsonl"]
+    found = answer(*arguments, "--metrics", "exact_match, kl", "--bootstrap", 50)
+    assert set(found["test"]) == {"exact_match", "kl", "examples", "intervals"}
+    assert set(found["conventions"]) == {"split", "joint", "none"}
+    code, out, _ = run(*arguments, "--metrics", "kl", "--bootstrap", 50)
+    low, high = found["test"]["intervals"]["kl"]
+    assert code == 0
+    assert f"({low:.4f} to {high:.4f})" in " ".join(out.split())
+
+
+def test_analyses(shelf, finished, run, answer):
+    arguments = ["evaluate", shelf / "gpt2", finished / "circuit.json", "--data", shelf / "pairs.jsonl"]
+    asked = ["--scores", finished / "masks.safetensors", "--truth", finished / "circuit.json", "--completeness", 1]
+    found = answer(*arguments, *asked, "--edge-faithfulness", "edges.csv")
+    assert found["truth"]["edges"] == {"tpr": 1, "fpr": 0, "precision": 1}
+    assert 0.5 < found["roc"]["edges"]["auc"] <= 1  # the circuit is made of the edges with the highest log-alphas
+    assert found["faithfulness"]["points"][-1]["faithfulness"] == 1
+    assert len(found["completeness"]["subsets"]) == 3
+    measured = found["edge_faithfulness"]
+    assert measured["kl"] == pytest.approx(found["test"]["kl"], rel=1e-4)
+    assert sorted(path.name for path in Path().iterdir()) == ["edges.csv", "edges.png", "edges.svg"]
+    assert len(Path("edges.csv").read_text().splitlines()) == 1 + found["edges"]
+    code, out, _ = run(*arguments, *asked)
+    assert code == 0
+    assert "CPR" in out
+    assert "incompleteness" in out
+
+
 BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "circuit": ("evaluate {shelf}/gpt2 nothing.json --task pronoun", "circuit file nothing.json does not exist"),
     "no circuit": ("evaluate {shelf}/gpt2 {shelf}/pairs.jsonl --task pronoun", "pairs.jsonl is not valid JSON (line 2"),
     "another model's circuit": ("evaluate {shelf}/llama {run}/circuit.json --data {shelf}/pairs.jsonl", "the circuit "),
     "split": ("evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --split dev", "has no split 'dev'"),
+    "metric": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --metrics mrr", "no metric 'mrr'; metrics are kl,"),
+    "no metric": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --metrics ,", "no metric is named"),
+    "order": (
+        "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --metrics probability_difference_10",
+        "needs answers that have an order, which task pairs has not",
+    ),
+    "confidence": (
+        "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --bootstrap 9 --confidence 95",
+        "confidence is 95",
+    ),
+    "truth": (
+        "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --truth ioi",
+        "manual circuit ioi is of GPT-2 small",
+    ),
+    "scores": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --scores no.safetensors", "does not exist"),
+    "no scores": (
+        "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --scores {run}/circuit.json",
+        "needs tensors edge and node",
+    ),
+    "idle option": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --signed", "give both"),
+    "file of edges": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --edge-faithfulness e.txt", "end in .csv"),
     "circuit of own data": ("evaluate {shelf}/gpt2 {run}/circuit.json", "no task 'pairs'; tasks: acronyms"),
 }
 

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoTokenizer
 
 from fastcircuit import InputError, MaskedCausalLM, load_task, zoo
+from fastcircuit.evaluation.bootstrap import bootstrap
 from fastcircuit.evaluation.faithfulness import score as masked_score
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.extraction import prune, reference, sweep
 from fastcircuit.extraction.ablation import ablation_constants
 from fastcircuit.extraction.prune import halves
-from fastcircuit.extraction.score import bootstrap, score
+from fastcircuit.extraction.score import score
 from fastcircuit.extraction.size import Sizes
 from fastcircuit.submodel.kept import Kept
 from tests.extraction.random_models import random_task, sensitive

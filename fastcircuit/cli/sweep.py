@@ -1,0 +1,123 @@
+"""``fastcircuit sweep``."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from fastcircuit.cli.console import print_json, stderr, stdout
+from fastcircuit.cli.options import (
+    AsJson,
+    DataFile,
+    Device,
+    Dtype,
+    EmbeddingNodes,
+    InDtype,
+    Model,
+    Nodes,
+    OnDevice,
+    TaskName,
+)
+from fastcircuit.cli.sources import check_source, load_model, load_task
+from fastcircuit.errors import InputError
+
+Value = TypeVar("Value")
+
+
+def sweep(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory of the sweep; what is finished in it is not run again.")],
+    task: TaskName = None,
+    data: DataFile = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods, separated by commas: those of discover, and extract. Default: all."),
+    ] = None,
+    sparsities: Annotated[
+        str, typer.Option(help="Fractions of edges to remove, separated by commas.")
+    ] = "0.8,0.9,0.95,0.97,0.98",
+    thresholds: Annotated[
+        str, typer.Option(help="Of acdc, which takes no size: KL rises in nats, separated by commas.")
+    ] = "0.001,0.003,0.01,0.03,0.1",
+    seeds: Annotated[str, typer.Option(help="Separated by commas; each draws its own pairs and splits.")] = "0,1,2",
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps of edge-pruning.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step of edge-pruning.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Published hyperparameters of edge-pruning, e.g. ioi.")] = None,
+    ablation: Annotated[str, typer.Option(help="What a removed edge carries: interchange, mean or zero.")] = (
+        "interchange"
+    ),
+    train_size: Annotated[
+        int | None, typer.Option(help="Pairs to find circuits on. Default: the task's.", show_default=False)
+    ] = None,
+    test_size: Annotated[
+        int | None, typer.Option(help="Pairs of the test split. Default: the task's.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split to measure on.")] = "test",
+    truth: Annotated[
+        str | None,
+        typer.Option(help="Known circuit: a file, or a manual circuit by name. Adds rates and ROC curves."),
+    ] = None,
+    embedding_nodes: Nodes = EmbeddingNodes.split,
+    device: OnDevice = Device.auto,
+    dtype: InDtype = Dtype.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on a task: every method at every size with every seed; writes tables and plots."""
+    from fastcircuit.discovery import Settings
+    from fastcircuit.discovery import preset as preset_settings
+    from fastcircuit.evaluation.truth import Truth
+    from fastcircuit.files import check_writable
+    from fastcircuit.report.progress import watch
+    from fastcircuit.report.tables import sweep_table
+    from fastcircuit.sweep.plan import METHODS, Plan
+    from fastcircuit.sweep.plots import write_plots
+    from fastcircuit.sweep.runner import Sweep, check_plan
+    from fastcircuit.sweep.tables import circuit_rows, summary, write_tables
+
+    check_source(task, data)
+    changes = {name: value for name, value in (("steps", steps), ("batch_size", batch_size)) if value is not None}
+    plan = Plan(
+        model=model,
+        task=task or str(data),
+        methods=METHODS if methods is None else tuple(_listed(methods, str, "methods")),
+        sparsities=tuple(_listed(sparsities, float, "sparsities")),
+        thresholds=tuple(_listed(thresholds, float, "thresholds")),
+        seeds=tuple(_listed(seeds, int, "seeds")),
+        settings=(preset_settings(preset) if preset else Settings()).changed(changes),
+        ablation=ablation,  # type: ignore[arg-type]
+        split=split,
+        train_size=train_size,
+        test_size=test_size,
+    )
+    check_plan(plan, out)
+    check_writable(out)
+    masked = load_model(model, device, dtype, embedding_nodes)
+    known = None if truth is None else Truth.load(truth, masked.graph)
+    running = Sweep(plan, out, masked, lambda seed: load_task(model, masked, task, data, seed, plan.sizes))
+    started, first = time.perf_counter(), [0]
+
+    with watch(stderr) as watcher:
+
+        def on_run(name: str, done: int, most: int) -> None:
+            first[0] = first[0] or done - 1
+            left = (time.perf_counter() - started) / (done - first[0]) * (most - done)
+            watcher.on_run(name, done, most, left)
+
+        running.run(on_run)
+    files = [*write_tables(running, out, known), *write_plots(running, out, known)]
+    rows = summary(circuit_rows(running))
+    if as_json:
+        print_json({"sweep": rows, "files": [str(path) for path in files]})
+    else:
+        stdout.print(sweep_table(rows, plan.task, plan.split))
+        stdout.print("wrote " + ", ".join(str(path) for path in files), soft_wrap=True)
+
+
+def _listed(text: str, kind: Callable[[str], Value], option: str) -> list[Value]:
+    """The values of an option that are separated by commas."""
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--{option} {text!r} is no list of numbers separated by commas, such as 1,2,3") from None

@@ -1,0 +1,1 @@
+"""Sweeps: methods x sizes x seeds on one task, with tables and plots."""

@@ -1,0 +1,117 @@
+"""The papers' plots of a sweep: metrics against sparsity, accuracy against size, alpha against size, ROC."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastcircuit.circuit import Circuit
+from fastcircuit.discovery import Scores
+from fastcircuit.evaluation.registry import METRICS
+from fastcircuit.evaluation.truth import Truth, compare_with_truth, truth_roc
+from fastcircuit.report.plots import Line, Panel, save_plot
+from fastcircuit.sweep.plan import EXTRACTION, METHODS, is_attribution
+from fastcircuit.sweep.runner import Sweep
+from fastcircuit.sweep.tables import circuit_rows, extraction_rows
+
+ABLATION_LABELS = {"mean": "mean ablation", "zero": "zero ablation"}
+
+
+def write_plots(sweep: Sweep, directory: Path, truth: Truth | None = None) -> list[Path]:
+    """Write ``circuits``, ``extraction`` and, with a known circuit, ``roc``, each as ``.svg`` and ``.png``."""
+    plan, written = sweep.plan, []
+    title = f"{Path(plan.model).name}, {Path(plan.task).stem}, {plan.split} split"
+    rows, extracted = circuit_rows(sweep), extraction_rows(sweep)
+    if rows:
+        written += save_plot(circuit_panels(rows), directory / "circuits", f"{title}: circuits")
+    if extracted:
+        written += save_plot(extraction_panels(extracted), directory / "extraction", f"{title}: extracted models")
+    if truth is not None and rows:
+        written += save_plot(roc_panels(sweep, truth), directory / "roc", f"{title}: the known circuit recovered")
+    return written
+
+
+def circuit_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Every metric against sparsity: mean over seeds, and the band from the least to the most."""
+    panels = []
+    for name, metric in METRICS.items():
+        known = [row for row in rows if row.get(name) is not None]
+        if not known:
+            continue
+        own = [row[f"model_{name}"] for row in known if row.get(f"model_{name}") is not None]
+        panels.append(
+            Panel(
+                "edges removed, %",
+                metric.label,
+                [_seeds_line(known, method, name) for method in METHODS if any(r["method"] == method for r in known)],
+                log_y=name == "kl" and min(row[name] for row in known) > 0,
+                level=("full model", float(np.mean(own))) if own else None,
+            )
+        )
+    return panels
+
+
+def _seeds_line(rows: Sequence[dict[str, Any]], method: str, name: str) -> Line:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["method"] == method:
+            groups.setdefault(row["edges"] if row["threshold"] is None else row["threshold"], []).append(row)
+    points = sorted(
+        (100 * np.mean([row["sparsity"] for row in group]), [row[name] for row in group]) for group in groups.values()
+    )
+    return Line(
+        method,
+        [float(x) for x, _ in points],
+        [float(np.mean(values)) for _, values in points],
+        [min(values) for _, values in points],
+        [max(values) for _, values in points],
+        METHODS.index(method),
+    )
+
+
+def extraction_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Accuracy against size and size against the threshold alpha, means over seeds (circuit extraction, figs. 2, 3)."""
+    by_size, by_alpha = [], []
+    for style, ablation in enumerate(sorted({row["ablation"] for row in rows})):
+        for mlps in sorted({row["mlps"] for row in rows}):
+            some = [row for row in rows if (row["ablation"], row["mlps"]) == (ablation, mlps)]
+            label = f"{ABLATION_LABELS[ablation]}, {'heads and MLPs' if mlps else 'heads alone'}"
+            alphas = sorted({row["threshold"] for row in some})
+            means = [
+                [float(np.mean([row[name] for row in some if row["threshold"] == alpha])) for alpha in alphas]
+                for name in ("size", "accuracy")
+            ]
+            order = np.argsort(means[0], kind="stable")
+            sizes, accuracies = (np.array(values) for values in means)
+            by_size.append(Line(label, 100 * sizes[order], accuracies[order], style=style, dashed=not mlps))
+            by_alpha.append(Line(label, alphas, 100 * sizes, style=style, dashed=not mlps))
+    full = float(np.mean([row["model_accuracy"] for row in rows]))
+    return [
+        Panel("parameters that remain, % (no embeddings)", "accuracy", by_size, level=("full model", full)),
+        Panel("threshold alpha, nats", "parameters that remain, % (no embeddings)", by_alpha, log_x=True),
+    ]
+
+
+def roc_panels(sweep: Sweep, truth: Truth) -> list[Panel]:
+    """ROC curves of edges and of heads and MLPs, first seed: from scores, or through the circuits of every size."""
+    panels = []
+    for kind, label in (("edges", "edges"), ("nodes", "heads and MLPs")):
+        if kind == "edges" and truth.edges is None:
+            continue
+        lines = [_roc_line(sweep, method, truth, kind) for method in sweep.plan.methods if method != EXTRACTION]
+        panels.append(Panel("false positive rate", "true positive rate", lines, title=label, diagonal=True))
+    return panels
+
+
+def _roc_line(sweep: Sweep, method: str, truth: Truth, kind: str) -> Line:
+    seed, style = sweep.plan.seeds[0], METHODS.index(method)
+    if is_attribution(method):
+        scores = Scores.load(sweep.scores_path(method, seed), sweep.model.graph, sweep.plan.ablation)
+        curve = truth_roc(scores.ranking(), scores.node_ranking(), truth)[kind]
+        assert curve is not None
+        return Line(method, curve.false_positive_rate, curve.true_positive_rate, style=style)
+    jobs = [job for job in sweep.jobs if (job.method, job.seed) == (method, seed)]
+    found = (compare_with_truth(Circuit.load(sweep.path(job)), truth)[kind] for job in jobs)
+    points = sorted((rate["fpr"], rate["tpr"]) for rate in found)
+    return Line(method, [x for x, _ in points], [y for _, y in points], style=style, dashed=True)

@@ -1,0 +1,124 @@
+"""Running a sweep: every finished run is a file, so that a sweep that was stopped goes on where it was."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastcircuit.circuit import Circuit
+from fastcircuit.discovery import BaselineSettings, Scores, attribute, discover
+from fastcircuit.errors import InputError
+from fastcircuit.evaluation.faithfulness import score, task_reference
+from fastcircuit.evaluation.reference import Reference
+from fastcircuit.files import read_json, write_json
+from fastcircuit.masks import Masks
+from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.sweep.extraction import extraction_rows
+from fastcircuit.sweep.plan import EXTRACTION, Job, Plan, is_attribution
+from fastcircuit.tasks.task import Task
+
+OnRun = Callable[[str, int, int], None]
+TaskOfSeed = Callable[[int], Task]
+
+
+class Sweep:
+    """A plan in a directory: ``plan.json``, ``runs/*.json`` (circuits with their metrics), ``scores/*.safetensors``.
+
+    Args:
+        task_of: the task as a seed makes it.
+
+    Raises:
+        InputError: the directory holds runs of another model or task, or with other settings.
+    """
+
+    def __init__(
+        self, plan: Plan, directory: str | os.PathLike[str], model: MaskedCausalLM, task_of: TaskOfSeed
+    ) -> None:
+        self.plan, self.directory, self.model, self.task_of = plan, Path(directory), model, task_of
+        self.jobs = list(plan.jobs(model.graph))
+        self._task: tuple[int, Task, Reference] | None = None
+        self._scores: tuple[str, int, Scores] | None = None
+        check_plan(plan, self.directory)
+
+    def run(self, on_run: OnRun | None = None) -> None:
+        """Run what has no file yet.
+
+        Args:
+            on_run: called after every run with its name, how many are done, and how many there are.
+        """
+        missing = [job for job in self.jobs if not self.path(job).exists()]
+        done = len(self.jobs) - len(missing)
+        if missing:
+            self._at(missing[0].seed)  # whatever is wrong with the task is said before anything is written
+            write_json(self.directory / "plan.json", self.plan.fixed())
+        for job in missing:
+            if not self.path(job).exists():  # another process may work in the same directory
+                self._run(job)
+            done += 1
+            if on_run is not None:
+                on_run(job.name, done, len(self.jobs))
+
+    def path(self, job: Job) -> Path:
+        """The file of a finished run."""
+        return self.directory / "runs" / f"{job.name}.json"
+
+    def scores_path(self, method: str, seed: int) -> Path:
+        return self.directory / "scores" / f"{method}-seed{seed}.safetensors"
+
+    def _run(self, job: Job) -> None:
+        task, reference = self._at(job.seed)
+        if job.method == EXTRACTION:
+            write_json(self.path(job), {"rows": extraction_rows(self.model, task, job.seed)})
+            return
+        circuit = self._circuit(job, task)
+        metrics = score(reference, Masks.from_circuit(circuit), task=task)
+        dataclasses.replace(
+            circuit,
+            model=self.model.about,
+            task=task.name,
+            metrics={self.plan.split: metrics},
+            provenance=dataclasses.asdict(job),
+        ).save(self.path(job))
+
+    def _circuit(self, job: Job, task: Task) -> Circuit:
+        plan = self.plan
+        if is_attribution(job.method):
+            return self._attributed(job.method, job.seed, task).circuit(job.size)
+        if job.method == "acdc":
+            baseline = BaselineSettings(threshold=job.threshold, ablation=plan.ablation)
+            return discover(self.model, task, "acdc", settings=baseline).circuit
+        changes = {"seed": job.seed, "ablation": plan.ablation}
+        return discover(self.model, task, edges=job.size, settings=plan.settings.changed(changes)).circuit
+
+    def _attributed(self, method: str, seed: int, task: Task) -> Scores:
+        """Scores of every edge, computed once for all sizes."""
+        if self._scores is None or self._scores[:2] != (method, seed):
+            path = self.scores_path(method, seed)
+            if path.exists():
+                scores = Scores.load(path, self.model.graph, self.plan.ablation)
+            else:
+                scores = attribute(self.model, task, method, ablation=self.plan.ablation, seed=seed)
+                scores.save(path)
+            self._scores = method, seed, scores
+        return self._scores[2]
+
+    def _at(self, seed: int) -> tuple[Task, Reference]:
+        """The task of a seed, and what its circuits are measured against; kept until another seed is asked for."""
+        if self._task is None or self._task[0] != seed:
+            task = self.task_of(seed)
+            self._task = seed, task, task_reference(self.model, self.plan.ablation, task, self.plan.split)
+        return self._task[1:]
+
+
+def check_plan(plan: Plan, directory: Path) -> None:
+    """InputError when the directory's runs have another model, task or setting than ``plan``."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"--out {directory} is a file; name a directory")
+    if not (directory / "plan.json").exists():
+        return
+    before: Any = read_json(directory / "plan.json", "plan")
+    for key, value in plan.fixed().items():
+        if not isinstance(before, dict) or before.get(key) != value:
+            other = before.get(key) if isinstance(before, dict) else None
+            raise InputError(f"{directory} holds a sweep with {key} {other!r}, not {value!r}; choose another --out")
