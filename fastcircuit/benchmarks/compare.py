@@ -42,7 +42,7 @@ class Change:
     def verdict(self) -> str:
         if self.low > 1:
             return "faster"
-        return "slower" if self.high < 1 else "the same within noise"
+        return "slower" if self.high < 1 else "within noise"
 
     def to_dict(self) -> dict[str, Any]:
         rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(self).items()}

@@ -167,15 +167,14 @@ def bench_table(rows: list[dict[str, Any]], curves: list[str]) -> Group:
 
 def change_table(changes: list[dict[str, Any]], old: str, new: str) -> Table:
     """What :func:`fastcircuit.benchmarks.compare.compare` found."""
-    table = Table("case", "variant", f"{old}, ms", f"{new}, ms", "speed-up", "noise band", "ratio", "memory", "verdict")
+    table = Table("case", title=f"{old} and {new}", title_justify="left")
+    for column in ("ms", "speed-up", "ratio", "memory", "verdict"):
+        table.add_column(column, no_wrap=True)
     for change in changes:
         table.add_row(
-            change["case"],
-            change["variant"],
-            f"{change['old_ms']:.4g}",
-            f"{change['new_ms']:.4g}",
-            f"{change['speedup']:.3g}",
-            f"{change['low']:.3g} to {change['high']:.3g}",
+            f"{change['case']}: {change['variant']}",
+            f"{change['old_ms']:.3g}, {change['new_ms']:.3g}",
+            f"{change['speedup']:.3g} ({change['low']:.3g} to {change['high']:.3g})",
             f"{_short(change['old_ratio'])}, {_short(change['new_ratio'])}",
             _short(change["memory"]),
             change["verdict"],

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fastcircuit.benchmarks.case import Variant, Work
-from fastcircuit.benchmarks.suites import ops
+from fastcircuit.benchmarks.models import Shape
+from fastcircuit.benchmarks.suites import ops, step
 from fastcircuit.benchmarks.timing import Clock
 from fastcircuit.errors import RunError
 from fastcircuit.ops import masked_read, masked_read_backward_
@@ -137,3 +138,16 @@ def test_variants_are_closed_whatever_happens():
         )
         measured(case)
     assert closed == [True, True]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_step_with_wrong_masks_or_gradients_is_red(architecture):
+    operands = step.Operands(Shape(2, 4, 32, 101, 2, 9, architecture, kv_heads=2), "cpu")
+    for make in (step.fastcircuit_step, step.torch_step, step.published_step):
+        assert make(operands).check() is None
+    cheaper = step.Operands(operands.shape, "cpu", published_truth=False)
+    for truth, same in zip(operands.truth, cheaper.truth, strict=True):
+        torch.testing.assert_close(truth, same, atol=1e-8, rtol=1e-6)
+    divergence = step.our_divergence(step.edge_pruning(operands))
+    assert "numbers are off" in operands.check(lambda edge, node: divergence(edge * 0.999, node))
+    assert "numbers are off" in operands.check(lambda edge, node: divergence(edge, node) * 1.001)

@@ -75,7 +75,7 @@ def test_changes_have_noise_bands():
     old = [row(), row(variant="same"), row(variant="gone")]
     new = [row(p20_ms=4.5, p50_ms=5.0, p80_ms=5.5), row(variant="same", p20_ms=9.5, p50_ms=10.5, p80_ms=12.0)]
     faster, same = changes(old, new)
-    assert (faster.verdict, same.verdict) == ("faster", "the same within noise")
+    assert (faster.verdict, same.verdict) == ("faster", "within noise")
     assert (faster.speedup, faster.low, faster.high) == (2.0, 9 / 5.5, 11 / 4.5)
     assert changes(new, old)[0].verdict == "slower"
 

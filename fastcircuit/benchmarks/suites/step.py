@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 
 QUICK = Shape(layers=3, vocabulary=8192, batch=2, tokens=32)
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
 LONG = 10**6  # steps of a run that never gets sparser
 
 
@@ -76,10 +79,15 @@ def least_work(shape: Shape) -> Work:
 
 
 class Operands:
-    """A random model, its pairs, and the masks that the gate compares at."""
+    """A random model, its pairs, and the masks that the gate compares at.
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        self.shape, self.device = shape, device
+    Args:
+        published_truth: the truth is the published form's; otherwise our formula's in plain torch, which costs less
+            and which the step suite compares with the published form.
+    """
+
+    def __init__(self, shape: Shape, device: str, published_truth: bool = True) -> None:
+        self.shape, self.device, self.published_truth = shape, device, published_truth
         self.model = random_model(shape, device)
         self.pairs = random_pairs(shape)
         generator = torch.Generator().manual_seed(1)
@@ -90,47 +98,59 @@ class Operands:
 
     @functools.cached_property
     def truth(self) -> tuple[Tensor, Tensor, Tensor]:
-        """KL and its gradients by the published form in float64."""
+        """KL and its gradients in float64."""
         model = copy.deepcopy(self.model).double()
-        published = PublishedEdgePruning(model)
-        edge, node = (value.double().requires_grad_() for value in (self.edge, self.node))
-        batch = published_batch(self)
-        full = published.full_model(batch["input_ids"])[0][:, -1]
-        corrupted = published.full_model(batch["corrupted_input_ids"])[1]
-        with torch.enable_grad():
-            logits = published.forward(batch["input_ids"], published.masks_from(edge, node), corrupted)[0][:, -1]
-            full, logits = (torch.log_softmax(x, -1) for x in (full, logits))
-            kl = kl_divergence(full, logits).mean()
-            kl.backward()
-        assert edge.grad is not None
-        assert node.grad is not None
-        return kl.detach(), edge.grad, node.grad
+        if self.published_truth:
+            divergence = published_divergence(PublishedEdgePruning(model), published_batch(self))
+        else:
+            divergence = our_divergence(edge_pruning(self, model, backend="reference"))
+        return _with_gradients(divergence, self.edge.double(), self.node.double())
 
-    def check(self, divergence: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    def check(self, divergence: Divergence) -> str | None:
         """The gate: ``divergence(edge, node)`` and its gradients against the truth."""
-        edge, node = (value.clone().requires_grad_() for value in (self.edge, self.node))
-        with torch.enable_grad():
-            kl = divergence(edge, node)
-            kl.backward()
-        results = (kl.detach(), edge.grad, node.grad)
-        pairs = [(a, b, float(b.abs().max())) for a, b in zip(results, self.truth, strict=True) if a is not None]
+        results = _with_gradients(divergence, self.edge, self.node)
+        # The KL is a difference of log-probabilities: rounding is relative to those, about ln V, not to what is left.
+        scales = [math.log(self.shape.vocabulary), *(float(truth.abs().max()) for truth in self.truth[1:])]
+        pairs = list(zip(results, self.truth, scales, strict=True))
         return problem(pairs, model_terms(self.shape.layers, self.shape.width), torch.float32)
 
 
-def edge_pruning(operands: Operands, **changes: Any) -> EdgePruning:
-    """Our run; its masks start on and stay there."""
-    masked = MaskedCausalLM(operands.model, **changes)
+def _with_gradients(divergence: Divergence, edge: Tensor, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    edge, node = (value.clone().requires_grad_() for value in (edge, node))
+    with torch.enable_grad():
+        kl = divergence(edge, node)
+        of_edges, of_nodes = torch.autograd.grad(kl, (edge, node))
+    return kl.detach(), of_edges, of_nodes
+
+
+def edge_pruning(operands: Operands, model: Any = None, **changes: Any) -> EdgePruning:
+    """Our run of the operands' model, or of ``model``; its masks start on and stay there."""
+    masked = MaskedCausalLM(operands.model if model is None else model, **changes)
     settings = Settings(steps=LONG, batch_size=operands.shape.batch, initial_log_alpha=10.0, sparsity_warmup=LONG)
     return EdgePruning(Reference(masked, operands.pairs), operands.shape.graph.num_edges, settings)
 
 
-def fastcircuit_step(operands: Operands, **changes: Any) -> Variant:
-    run = edge_pruning(operands, **changes)
+def our_divergence(run: EdgePruning) -> Divergence:
+    """KL of all the run's examples as one batch."""
+    everything = torch.arange(len(run.reference))
+    return lambda edge, node: run.divergence(Masks(edge, node), run.reference.batch(everything))
+
+
+def published_divergence(published: PublishedEdgePruning, batch: dict[str, Tensor]) -> Divergence:
+    """The same by the published form; the answer is predicted at the last position."""
 
     def divergence(edge: Tensor, node: Tensor) -> Tensor:
-        return run.divergence(Masks(edge, node), run.reference.batch(torch.arange(operands.shape.batch)))
+        full = published.full_model(batch["input_ids"])[0][:, -1]
+        corrupted = published.full_model(batch["corrupted_input_ids"])[1]
+        logits = published.forward(batch["input_ids"], published.masks_from(edge, node), corrupted)[0][:, -1]
+        return kl_divergence(*(torch.log_softmax(x, -1) for x in (full, logits))).mean()
 
-    return Variant(run.step, functools.partial(operands.check, divergence))
+    return divergence
+
+
+def fastcircuit_step(operands: Operands, **changes: Any) -> Variant:
+    run = edge_pruning(operands, **changes)
+    return Variant(run.step, functools.partial(operands.check, our_divergence(run)))
 
 
 def torch_step(operands: Operands) -> Variant:
@@ -139,15 +159,8 @@ def torch_step(operands: Operands) -> Variant:
 
 
 def published_step(operands: Operands) -> Variant:
-    published = PublishedEdgePruning(operands.model, steps=LONG)
-    batch = published_batch(operands)
-
-    def divergence(edge: Tensor, node: Tensor) -> Tensor:
-        full = published.full_model(batch["input_ids"])[0][:, -1]
-        corrupted = published.full_model(batch["corrupted_input_ids"])[1]
-        logits = published.forward(batch["input_ids"], published.masks_from(edge, node), corrupted)[0][:, -1]
-        return kl_divergence(*(torch.log_softmax(x, -1) for x in (full, logits))).mean()
-
+    published, batch = PublishedEdgePruning(operands.model, steps=LONG), published_batch(operands)
+    divergence = published_divergence(published, batch)
     return Variant(lambda: published.training_step(batch), functools.partial(operands.check, divergence))
 
 
