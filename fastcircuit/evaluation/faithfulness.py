@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.metrics import accuracy, exact_match, kl_divergence, logit_difference
 from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
@@ -48,7 +49,7 @@ def evaluate(
         output_bias,
         task.answer_tokens,
         patching=task.split("train") if circuit.ablation == "mean" else None,
-        budget=0,
+        budgets=Budgets(0, 0),
     )
     return score(reference, Masks.from_circuit(circuit))
 

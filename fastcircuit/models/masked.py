@@ -179,8 +179,8 @@ class MaskedCausalLM(nn.Module):
     ) -> Tensor:
         """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
 
-        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`); ``recompute`` overrides the
-        model's own.
+        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`); ``recompute`` overrides
+        the model's own.
         """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
