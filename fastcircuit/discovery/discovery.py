@@ -15,6 +15,7 @@ from torch import Tensor
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import upstream
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
@@ -69,6 +70,8 @@ def discover(
     resume: bool = False,
     on_report: Callable[[Report], None] | None = None,
     on_round: OnRound | None = None,
+    on_note: Callable[[str], None] | None = None,
+    execution: Execution | None = None,
     **changes: Any,
 ) -> Discovery:
     """Find the circuit of ``task`` in ``model`` on its train split.
@@ -83,6 +86,8 @@ def discover(
         on_report: called every few steps with a :class:`Report`.
         on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
             training KL.
+        on_note: called with a line when memory runs out and the run goes on with smaller micro-batches.
+        execution: how the steps are carried out; the result does not depend on it.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.
@@ -99,6 +104,8 @@ def discover(
         num_edges or model.graph.num_edges,
         settings,
         {"model": model.about, "graph": dataclasses.asdict(model.graph), "task": task.name, "examples": len(train)},
+        execution,
+        on_note,
     )
     path = None if checkpoint is None else Path(checkpoint)
     if resume:

@@ -118,16 +118,31 @@ class ReferenceCache:
     def take(self, indices: Tensor) -> tuple[Tensor | None, Tensor]:
         """States ``[T, F]`` (see :class:`StatesShape`) and distributions ``[N, V]`` of some examples, on the device."""
         tokens, answers = int(self.lengths[indices].sum()), int(self.counts[indices].sum())
-        if len(indices) and int(indices.max()) < self.num_on_device:
+        if self.is_on_device(indices):
             tier = self._tiers[0]
             log_probs = tier.log_probs.index_select(0, self.answer_rows(indices).to(self.device))
             if tier.rows is None:
                 return None, log_probs
             return tier.rows.index_select(0, self.token_rows(indices).to(self.device)), log_probs
-        rows = None if self.shape is None else self.shape.empty(tokens, self.device)
-        log_probs = self._log_prob.new_empty(answers, self._log_prob.shape[1])
+        rows, log_probs = self.empty(tokens, answers)
         self.copy(indices, rows, log_probs)
         return rows, log_probs
+
+    def empty(self, tokens: int, answers: int) -> tuple[Tensor | None, Tensor]:
+        """States ``[T, F]`` and distributions ``[N, V]`` to fill, on the device, not initialised."""
+        rows = None if self.shape is None else self.shape.empty(tokens, self.device)
+        return rows, self._log_prob.new_empty(answers, self._log_prob.shape[1])
+
+    def is_on_device(self, indices: Tensor) -> bool:
+        """Whether all these examples are on the device."""
+        return len(indices) > 0 and int(indices.max()) < self.num_on_device
+
+    def gather(self, token_rows: Tensor, answer_rows: Tensor, rows: Tensor | None, log_probs: Tensor) -> None:
+        """Write rows by their numbers, which are on the device as they are themselves; nothing waits."""
+        tier = self._tiers[0]
+        torch.index_select(tier.log_probs, 0, answer_rows, out=log_probs)
+        if rows is not None and tier.rows is not None:
+            torch.index_select(tier.rows, 0, token_rows, out=rows)
 
     def copy(self, indices: Tensor, rows: Tensor | None, log_probs: Tensor) -> None:
         """Write the examples' states and distributions into the first rows of tensors on the device.

@@ -250,7 +250,9 @@ def _kl_of_circuit(model: MaskedCausalLM, task: Task, circuit: Circuit, submodel
     """``KL(edge circuit || submodel)``: mean over answer positions, then over test examples."""
     test = task.split("test")
     patching = task.split("train") if circuit.ablation == "mean" else None
-    reference = Reference(model, test, circuit.ablation, answer_tokens=task.answer_tokens, patching=patching, budgets=Budgets(0, 0))
+    reference = Reference(
+        model, test, circuit.ablation, answer_tokens=task.answer_tokens, patching=patching, budgets=Budgets(0, 0)
+    )
     masks, total, first = Masks.from_circuit(circuit), 0.0, 0
     for batch in reference.batches(BATCH_SIZE):
         examples = test.select(torch.arange(first, first + batch.size))
