@@ -47,17 +47,17 @@ class Bucket:
     @classmethod
     def of(cls, reference: Reference, indices: Tensor, rows: int) -> "Bucket":
         """The bucket of the examples ``indices`` in a step of ``rows`` rows."""
-        lengths = reference.lengths[indices]
+        lengths, answers = reference.lengths[indices], int(reference.counts[indices].sum())
         tokens, longest = int(lengths.sum()), int(lengths.max())
-        if len(indices) == rows and tokens == rows * longest:
-            return cls(rows, longest, tokens, cls._answers(reference, indices, tokens), True)
-        width = round_up(longest, _FINEST_TOKENS)
-        tokens = round_up(tokens, _FINEST_TOKENS)
-        return cls(rows, width, tokens, cls._answers(reference, indices, tokens), False)
+        return cls(rows, longest, tokens, answers, tokens == rows * longest).rounded()
 
-    @staticmethod
-    def _answers(reference: Reference, indices: Tensor, tokens: int) -> int:
-        return min(tokens, round_up(int(reference.counts[indices].sum()), _FINEST_ANSWERS))
+    def rounded(self) -> "Bucket":
+        """The bucket that holds a batch of this shape."""
+        tokens, longest = self.tokens, self.longest
+        if not self.full:
+            tokens, longest = round_up(tokens, _FINEST_TOKENS), round_up(longest, _FINEST_TOKENS)
+        answers = min(tokens, round_up(self.answers, _FINEST_ANSWERS))
+        return Bucket(self.rows, longest, tokens, answers, self.full)
 
     @cached_property
     def fields(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import upstream
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
 from fastcircuit.discovery.execution import Execution
+from fastcircuit.discovery.planner import planned
 from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
@@ -98,6 +99,8 @@ def discover(
     settings = (settings or Settings()).changed(changes)
     num_edges = _edges_wanted(model, settings, sparsity, edges)
     train = task.split("train")
+    choices = None if task.answer_tokens is None else len(task.answer_tokens)
+    execution = planned(model, train, settings, execution or Execution(), choices, on_note)
     reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
     run = EdgePruning(
         reference,

@@ -8,6 +8,7 @@ from typing import Any
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.discovery import discover
 from fastcircuit.discovery.edge_pruning import Report
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError
@@ -64,6 +65,8 @@ class Run:
         edges: int | None = None,
         on_report: OnReport | None = None,
         on_round: OnRound | None = None,
+        on_note: Callable[[str], None] | None = None,
+        execution: Execution | None = None,
     ) -> Circuit:
         """Find the circuit, evaluate it on the test split (or, without one, on train), write both files."""
         with _Logs(self.directory / "tensorboard" if self.tensorboard else None) as log:
@@ -78,6 +81,8 @@ class Run:
                 resume=self.resume,
                 on_report=_both(on_report, log),
                 on_round=on_round,
+                on_note=on_note,
+                execution=execution,
             )
         split = "test" if "test" in task.splits else "train"
         metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}
