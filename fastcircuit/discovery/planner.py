@@ -246,8 +246,8 @@ class _Planned(FixedPacking):
     """
 
     def __init__(self, bucket: Bucket, numbers: dict[str, Tensor], packed: bool) -> None:
-        parts = (numbers[name] for name in ("position_ids", "pad_index", "unpad_index", "lengths"))
-        super().__init__(bucket.longest, *parts, bucket.full)
+        positions, pad, unpad = numbers["position_ids"], numbers["pad_index"], numbers["unpad_index"]
+        super().__init__(bucket.longest, positions, pad, unpad, numbers["lengths"], bucket.full)
         self.packed = packed
 
     def attention(

@@ -21,7 +21,7 @@ from tests.discovery.test_edge_pruning import make_task
 from tests.models.tiny import TINY, tiny_model
 
 SETTINGS = Settings(
-    steps=7, batch_size=4, learning_rate=0.5, learning_rate_warmup=2, sparsity_warmup=5, initial_log_alpha=1.0
+    steps=5, batch_size=4, learning_rate=0.5, learning_rate_warmup=1, sparsity_warmup=4, initial_log_alpha=1.0
 )
 CASES = {
     # what: the model, settings, budgets of the cache (None: everything on the device), answer tokens
@@ -61,15 +61,14 @@ def assert_same_run(found, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_the_fixed_step_is_the_dynamic_one(case):
     expected = run_of(case, Execution(step="dynamic"))
-    assert expected.parameters.edge.std() > 0.1  # the steps moved something
+    assert expected.parameters.edge.std() > 0.05  # the steps moved something
     assert_same_run(run_of(case, Execution(step="fixed")), expected)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "host memory"])
 @pytest.mark.parametrize(("step", "micro_batch"), [("dynamic", 1), ("dynamic", 3), ("fixed", 1), ("fixed", 3)])
-def test_micro_batches_add_up_to_the_batch(case, step, micro_batch):
-    found = run_of(case, Execution(step, micro_batch, recompute=True))
-    assert_same_run(found, run_of(case, Execution(step="dynamic")))
+def test_micro_batches_add_up_to_the_batch(step, micro_batch):
+    found = run_of("host memory", Execution(step, micro_batch, recompute=True))
+    assert_same_run(found, run_of("host memory", Execution(step="dynamic")))
 
 
 def test_batches_fall_into_a_few_buckets():
