@@ -61,8 +61,13 @@ def edge_writers(graph: Graph, device: torch.device) -> Tensor:
 
 def sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One hard-concrete sample per entry, differentiable in ``log_alpha``; see :func:`sample_at`."""
-    uniform = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device)
-    return sample_at(log_alpha, uniform.mul_(1 - 2 * EPSILON).add_(EPSILON))
+    return sample_at(log_alpha, uniform_(torch.empty_like(log_alpha, requires_grad=False), generator))
+
+
+def uniform_(noise: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``noise`` with what :func:`sample_at` wants: uniform in ``[EPSILON, 1 - EPSILON]``."""
+    torch.rand(noise.shape, generator=generator, out=noise)
+    return noise.mul_(1 - 2 * EPSILON).add_(EPSILON)
 
 
 def sample_at(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ class Lagrangian(nn.Module):
         self.linear = nn.Parameter(torch.zeros(()), requires_grad=linear_term)
         self.quadratic = nn.Parameter(torch.zeros(()))
 
-    def forward(self, sparsity: Tensor, target: float) -> Tensor:
+    def forward(self, sparsity: Tensor, target: float | Tensor) -> Tensor:
         gap = sparsity - target
         return self.linear * gap + self.quadratic * gap.square()
 

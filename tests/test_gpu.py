@@ -1,11 +1,20 @@
 """What must hold on a CUDA device as on the CPU; skipped, visibly, without one."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from fastcircuit.discovery import Settings
+from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.execution import Execution
+from fastcircuit.discovery.planner import largest_bucket, meta_twin, step_bytes
+from fastcircuit.evaluation.cache import Budgets
+from fastcircuit.evaluation.reference import Reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.ops import masked_read, masked_read_backward_
+from tests.discovery.test_edge_pruning import make_task
 from tests.models.test_masked import pair
 from tests.models.tiny import tiny_model
 
@@ -52,3 +61,122 @@ def test_masked_models_equal_the_cpu(name):
         results.append((logits.cpu(), gradient.cpu()))
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found - expected).norm() / expected.norm() < 1e-2
+
+
+SETTINGS = Settings(
+    steps=12, batch_size=4, learning_rate=0.3, learning_rate_warmup=2, sparsity_warmup=8, initial_log_alpha=1.0
+)
+RUNS = {
+    # what: the model, settings, budgets of the cache, execution
+    "gpt2": ("gpt2", {}, None, Execution("graph")),
+    "grouped heads": ("llama", {"node_masks": False}, None, Execution("graph")),
+    "window, mean ablation": ("mistral-window", {"ablation": "mean"}, None, Execution("graph")),
+    "micro-batches": ("gpt2", {"node_target": 0.5}, None, Execution("graph", 3)),
+    "recomputed": ("llama", {}, None, Execution("graph", recompute=True)),
+    "host memory": ("llama", {}, Budgets(9000, 9000), Execution("graph")),
+    "fixed": ("gpt2", {}, None, Execution("fixed")),
+}
+
+
+def cuda_run(name, changes=None, budgets=None, execution=None, dtype=torch.float32):
+    model = MaskedCausalLM(tiny_model(name, dtype).to("cuda"))
+    settings = dataclasses.replace(SETTINGS, **(changes or {}))
+    reference = Reference(model, make_task().split("train"), settings.ablation, budgets=budgets)
+    return EdgePruning(reference, 40, settings, execution=execution)
+
+
+def assert_same_run(found, expected, tolerance=1e-3):
+    """The same losses, to the rounding of float32 that twelve steps let grow."""
+    losses, expected_losses = (torch.tensor(run.history) for run in (found, expected))
+    torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_recorded_run_is_the_dynamic_one(case):
+    name, changes, budgets, execution = RUNS[case]
+    found, expected = cuda_run(name, changes, budgets, execution), cuda_run(name, changes, None, Execution("dynamic"))
+    for run in (found, expected):
+        run.run()
+    assert_same_run(found, expected)
+    if execution.step == "graph":
+        graphs = found.stepper._call._graphs
+        assert graphs["begin"] is not None
+        assert graphs["finish"] is not None
+
+
+def test_the_step_waits_for_nothing():
+    run = cuda_run("gpt2", execution=Execution("graph"))
+    for _ in range(8):
+        run.step()
+    before = set(run.stepper._call._graphs)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert set(run.stepper._call._graphs) >= before
+
+
+def test_a_recorded_run_resumes(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    whole, first, second = (cuda_run("gpt2", execution=Execution("graph")) for _ in range(3))
+    whole.run()
+    for _ in range(7):
+        first.step()
+    first._flush(None)
+    first.save(path)
+    second.resume(path)
+    second.run()
+    assert_same_run(second, whole, 1e-5)
+
+
+def test_running_out_of_memory_halves_the_micro_batch():
+    run, expected, notes = cuda_run("gpt2", execution=Execution("graph")), cuda_run("gpt2"), []
+    run.on_note = notes.append
+    expected.run()
+    for _ in range(4):
+        run.step()
+    whole, calls = MaskedCausalLM.unembed, []
+
+    def unembed(self, stream):
+        calls.append(stream.shape)
+        if run.micro_batch > 2:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")  # the real error, wherever it comes: recording too
+        return whole(self, stream)
+
+    MaskedCausalLM.unembed = unembed
+    try:
+        run.stepper.reset()
+        run.run()
+    finally:
+        MaskedCausalLM.unembed = whole
+    assert run.micro_batch == 2
+    assert len(notes) == 1
+    assert_same_run(run, expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_predicted_memory_is_what_the_device_counts(recompute):
+    from bench.cases import gpu as case
+    from fastcircuit.benchmarks.models import Shape
+
+    shape = Shape(layers=4, batch=16, vocabulary=8000)
+    model = MaskedCausalLM(case.gpt2_on(shape, "cuda", torch.bfloat16))
+    run = case.run_of(model, shape, Execution("fixed", recompute=recompute))
+    run.step()
+    lengths, counts = run.reference.lengths, run.reference.counts
+    bucket = largest_bucket(lengths, counts, shape.batch, fixed=True)
+    predicted = step_bytes(meta_twin(model), bucket, recompute, shape.vocabulary, run.settings, model.device)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run.stepper.compute(1, run.batch_indices(1), shape.batch, run.generator.manual_seed(1))
+    torch.cuda.synchronize()
+    inputs = sum(value.numel() * value.element_size() for value in _input_tensors(run))
+    assert predicted == pytest.approx(torch.cuda.max_memory_allocated() - before + inputs, rel=0.1)
+
+
+def _input_tensors(run):
+    """The step's buffers, which were there before it and are part of the prediction."""
+    (inputs,) = run.stepper._inputs.values()
+    return [inputs.numbers, inputs.rows, inputs.log_probs]

@@ -67,12 +67,20 @@ def discover(
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.float32,
     out: Annotated[Path | None, typer.Option(help="Directory to write to. Default runs/MODEL-TASK.")] = None,
+    step: Annotated[
+        str, typer.Option(help="How steps are carried out: auto, dynamic, fixed, or graph (a CUDA graph).")
+    ] = "auto",
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Examples at a time. Default: as many as fit.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the memory a run needs, and run nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Take up the interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Log to --out/tensorboard.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the edges of MODEL that carry a task; writes circuit.json and masks.safetensors."""
+    from fastcircuit.discovery.execution import Execution
     from fastcircuit.discovery.run import Run, settings_for
     from fastcircuit.files import check_writable
     from fastcircuit.report.progress import watch
@@ -83,6 +91,10 @@ def discover(
     given["upstream_compat"] = upstream_compat or None
     settings = settings_for(method, preset, {name: value for name, value in given.items() if value is not None})
     check_source(task, data)
+    execution = Execution(step, micro_batch)
+    if dry_run:
+        _show_plan(model, task, data, settings, seed, device, dtype, embedding_nodes, as_json)
+        return
     where = out or Path("runs") / f"{Path(model).name}-{data.stem if data else task}"
     run = Run(where, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
     check_writable(where)
@@ -101,6 +113,8 @@ def discover(
             watcher.on_report,
             watcher.on_round,
             watcher.on_progress,
+            watcher.on_note,
+            execution,
         )
     result = {
         "edges": circuit.num_edges,
@@ -115,3 +129,32 @@ def discover(
     else:
         stdout.print(metrics_table(circuit))
         stdout.print("wrote " + ", ".join(files), soft_wrap=True)
+
+
+def _show_plan(
+    model: str,
+    task: str | None,
+    data: Path | None,
+    settings: Any,
+    seed: int,
+    device: Device,
+    dtype: Dtype,
+    embedding_nodes: EmbeddingNodes,
+    as_json: bool,
+) -> None:
+    """The plan of a run, from the model's configuration: no weights are read."""
+    import torch
+
+    from fastcircuit.discovery.planner import plan
+    from fastcircuit.models.loading import choose_device, shapes_of_model
+    from fastcircuit.report.tables import plan_table
+
+    place = torch.device(choose_device(device.value))
+    masked = shapes_of_model(model, dtype.value, embedding_nodes.value)
+    pairs = load_task(model, masked, task, data, seed)
+    choices = None if pairs.answer_tokens is None else len(pairs.answer_tokens)
+    found = plan(masked, pairs.split("train"), settings, place, choices).to_dict()
+    if as_json:
+        print_json({"plan": found})
+    else:
+        stdout.print(plan_table(found))

@@ -30,6 +30,7 @@ from fastcircuit.discovery.plain_run import PlainRun
 from fastcircuit.discovery.points import CleanPoint, clean_points
 from fastcircuit.discovery.scores import Scores, check_computed, node_scores
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import OUTPUT_BIAS, Reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -78,7 +79,7 @@ def attribute(
     loss = loss or ("logit-difference" if method == "eap" else "kl")
     examples = task.split(split)
     patching = task.split("train") if ablation == "mean" else None
-    reference = Reference(model, examples, ablation, output_bias, task.answer_tokens, patching, budget=0)
+    reference = Reference(model, examples, ablation, output_bias, task.answer_tokens, patching, budgets=Budgets(0, 0))
     num_examples = examples_with_loss(loss, reference)
     edge, node, done = np.zeros(model.graph.num_edges), np.zeros(model.graph.num_writers), 0
     for point in clean_points(reference, loss, batch_bytes, keep_graphs=method in _AT_CLEAN):

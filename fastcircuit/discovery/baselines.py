@@ -13,6 +13,7 @@ from fastcircuit.discovery import attribution
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity
 from fastcircuit.discovery.scores import Scores, node_scores
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import OUTPUT_BIAS, Reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -85,7 +86,12 @@ def find(
     choose = _choice(model, method, settings, sparsity, edges)
     if method == "acdc":
         reference = Reference(
-            model, task.split("train"), settings.ablation, settings.output_bias, task.answer_tokens, budget=0
+            model,
+            task.split("train"),
+            settings.ablation,
+            settings.output_bias,
+            task.answer_tokens,
+            budgets=Budgets(0, 0),
         )
         found = greedy.acdc(reference, _acdc_threshold(settings), _reporter(method, on_progress))
         scores = Scores(model.graph, found.rises, node_scores(model.graph, found.rises), settings.ablation)

@@ -17,6 +17,8 @@ from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import acdc, baselines, upstream
 from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
+from fastcircuit.discovery.execution import Execution
+from fastcircuit.discovery.planner import planned
 from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
@@ -76,6 +78,8 @@ def discover(
     on_report: Callable[[Report], None] | None = None,
     on_round: OnRound | None = None,
     on_progress: OnProgress | None = None,
+    on_note: Callable[[str], None] | None = None,
+    execution: Execution | None = None,
     **changes: Any,
 ) -> Discovery:
     """Find the circuit of ``task`` in ``model`` on its train split.
@@ -96,6 +100,8 @@ def discover(
         on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
             training KL.
         on_progress: called by the other methods with the method, how much is done, and how much there is to do.
+        on_note: called with a line when memory runs out and the run goes on with smaller micro-batches.
+        execution: how the steps are carried out; the result does not depend on it.
 
     Raises:
         InputError: unknown method or setting, a task the model cannot run.
@@ -115,6 +121,8 @@ def discover(
     num_edges = _edges_wanted(model, settings, sparsity, edges, kl_budget)
     ranking = None if resume else _warm_ranking(model, task, settings, on_progress)
     train = task.split("train")
+    choices = None if task.answer_tokens is None else len(task.answer_tokens)
+    execution = planned(model, train, settings, execution or Execution(), choices, on_note)
     reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
     run = EdgePruning(
         reference,
@@ -122,6 +130,8 @@ def discover(
         settings,
         {"model": model.about, "graph": dataclasses.asdict(model.graph), "task": task.name, "examples": len(train)},
         ranking,
+        execution,
+        on_note,
     )
     path = None if checkpoint is None else Path(checkpoint)
     if resume:

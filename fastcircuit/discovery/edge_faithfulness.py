@@ -19,6 +19,7 @@ from fastcircuit.discovery.incremental import IncrementalRun
 from fastcircuit.discovery.points import CleanPoint, clean_points
 from fastcircuit.discovery.scores import check_computed
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.faithfulness import check_circuit_fits, task_reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -97,7 +98,7 @@ def edge_faithfulness(
     check_circuit_fits(model, circuit)
     if not circuit.num_edges:
         raise InputError("the circuit has no edges; there is nothing to remove")
-    reference = task_reference(model, circuit.ablation, task, split, budget=0).first(most_examples)
+    reference = task_reference(model, circuit.ablation, task, split, budgets=Budgets(0, 0)).first(most_examples)
     of_model, of_circuit = np.zeros(circuit.graph.num_edges), np.zeros(circuit.graph.num_edges)
     whole, done = 0.0, 0
     for point in clean_points(reference, "kl", BATCH_BYTES):

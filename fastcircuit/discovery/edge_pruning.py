@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcircuit.discovery import upstream
 from fastcircuit.discovery.checkpoint import load_checkpoint, save_checkpoint
+from fastcircuit.discovery.execution import Execution, free_cached_memory, is_out_of_memory
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
+from fastcircuit.discovery.static_step import reasons_against
+from fastcircuit.discovery.steppers import DynamicStepper, FixedStepper
 from fastcircuit.errors import RunError
-from fastcircuit.evaluation.metrics import kl_divergence
-from fastcircuit.evaluation.reference import Batch, Reference
+from fastcircuit.evaluation.reference import Reference
 from fastcircuit.interrupts import deferred_interrupts
-from fastcircuit.masks import Masks
 
 COLUMNS = ("step", "kl", "penalty", "edge_sparsity", "edge_target")
 REPORT_EVERY = 10
@@ -52,6 +52,8 @@ class EdgePruning:
         num_edges: edges the circuit should end with.
         identity: what run this is (model, task), kept in checkpoints and compared on resuming.
         ranking: of the edges, ``[num_edges]``, for a warm start.
+        execution: how to carry out the steps; no part of the identity, it may change on resuming.
+        on_note: called with a line about anything the run had to change (micro-batches, when memory runs out).
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class EdgePruning:
         settings: Settings,
         identity: dict[str, Any] | None = None,
         ranking: np.ndarray | None = None,
+        execution: Execution | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> None:
         self.reference, self.settings = reference, settings
         self.model = reference.model
@@ -73,16 +77,18 @@ class EdgePruning:
             self.model.mask_dtype,
             ranking,
         )
-        self.optimizer = self.parameters.optimizer()
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        execution, self.on_note = execution or Execution(), on_note
+        self.micro_batch = min(execution.micro_batch or settings.batch_size, settings.batch_size)
+        self.stepper = self._stepper(execution)
         self.history: list[list[float]] = []
-        self._pending: list[Tensor] = []
+        self._pending = 0
+        self._checkpoint: Path | None = None
         self.identity = {**(identity or {}), "num_edges": num_edges, "settings": settings.to_dict()}
 
     @property
     def step_number(self) -> int:
         """Steps done so far."""
-        return len(self.history) + len(self._pending)
+        return len(self.history) + self._pending
 
     def run(
         self,
@@ -97,8 +103,10 @@ class EdgePruning:
             on_report: called every few steps.
 
         Raises:
-            RunError: interrupted, or a loss was not finite; says at which step and what was kept.
+            RunError: interrupted, out of memory with a single example at a time, or a loss was not finite; says at
+                which step and what was kept.
         """
+        self._checkpoint = checkpoint
         with deferred_interrupts() as interrupt:
             while self.step_number < self.settings.steps:
                 self.step()
@@ -115,32 +123,46 @@ class EdgePruning:
                     raise RunError(f"interrupted after step {self.step_number} of {self.settings.steps}; {kept}")
 
     def step(self) -> None:
-        """One optimisation step: sample masks, KL, Lagrangian, backward, update."""
-        step = self.step_number
-        self._set_rates(step)
-        masks = self.parameters.sample(self.generator.manual_seed(_step_seed(self.settings.seed, step)))
-        kl = self.divergence(masks, self.reference.batch(self.batch_indices(step)))
-        penalty, sparsity, target = self.parameters.penalty(masks, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        (kl + penalty).backward()
-        self._clip(masks, step)
-        self.optimizer.step()
-        if self.settings.upstream_compat:
-            upstream.restore_frozen_nodes(self.parameters)
-        row = torch.stack([kl.detach(), penalty.detach(), sparsity.detach()]).double()
-        self._pending.append(torch.cat([row.new_tensor([step]), row, row.new_tensor([target])]))
+        """One optimisation step: sample masks, KL, Lagrangian, backward, update.
 
-    def divergence(self, masks: Masks, batch: Batch) -> Tensor:
-        """``KL(full || circuit)`` in nats: mean over an example's answer positions, then over the batch."""
-        if self.settings.upstream_compat:
-            masks = upstream.detach_frozen_nodes(self.model, masks)
-        read = self.model.final_read(
-            batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens, skip_zeros=True
-        )
-        log_probs = self.reference.restrict(self.model.unembed(read))
-        if self.settings.upstream_compat:
-            return upstream.divergence(self.model, batch, log_probs)
-        return batch.answers.example_mean(kl_divergence(batch.answers.log_probs, log_probs), batch.size)
+        Raises:
+            RunError: memory ran out with a single example at a time.
+        """
+        step = self.step_number
+        indices = self.batch_indices(step)
+        while not self._compute(step, indices):
+            self._halve_micro_batch(step)
+        self.stepper.update(step)
+        self._pending += 1
+
+    def _compute(self, step: int, indices: Tensor) -> bool:
+        """The gradient of a step, which changes nothing yet; False when memory ran out."""
+        try:
+            generator = self.generator.manual_seed(_step_seed(self.settings.seed, step))
+            self.stepper.compute(step, indices, self.micro_batch, generator)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _halve_micro_batch(self, step: int) -> None:
+        self.stepper.reset()
+        free_cached_memory(self.model.device)
+        if self.micro_batch == 1:
+            if self._checkpoint is not None:
+                self._flush(self._checkpoint)
+                self.save(self._checkpoint)
+            raise RunError(
+                f"step {step}: out of memory with one example at a time; free memory on {self.model.device}, or use "
+                f"shorter prompts or a narrower dtype; {_kept(self._checkpoint)}"
+            )
+        self.micro_batch //= 2
+        if self.on_note is not None:
+            self.on_note(
+                f"out of memory at step {step}: going on with {self.micro_batch} of {self.settings.batch_size} "
+                "examples at a time (the same result, more slowly)"
+            )
 
     def batch_indices(self, step: int) -> Tensor:
         """Examples of this step: a new permutation every epoch, the last batch of an epoch may be smaller."""
@@ -163,33 +185,25 @@ class EdgePruning:
                     f"lower the learning rate; {_kept(path)}"
                 )
         history = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(COLUMNS))
-        save_checkpoint(path, self.parameters, self.optimizer, history, self.identity)
+        save_checkpoint(path, self.parameters, self.stepper.optimizer, history, self.identity)
 
     def resume(self, path: Path) -> None:
         """Take up the run that wrote the checkpoint ``path``."""
-        self.history = load_checkpoint(path, self.parameters, self.optimizer, self.identity).tolist()
+        self.history = load_checkpoint(path, self.parameters, self.stepper.optimizer, self.identity).tolist()
+        self.stepper.resume(len(self.history))
 
-    def _set_rates(self, step: int) -> None:
-        """Linear warm-up from 0, then linear decay to 0."""
-        warmup, steps = self.settings.learning_rate_warmup, self.settings.steps
-        factor = step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-
-    def _clip(self, masks: Masks, step: int) -> None:
-        if self.settings.clip_norm is None:
-            return
-        if self.settings.upstream_compat:
-            upstream.clip(self.parameters, masks, step, self.settings.clip_norm)
-        else:
-            torch.nn.utils.clip_grad_norm_(self.parameters.parameters(), self.settings.clip_norm)
+    def _stepper(self, execution: Execution) -> DynamicStepper | FixedStepper:
+        kind = execution.choose_step(self.model.device, reasons_against(self.model, self.settings))
+        if kind == "dynamic":
+            return DynamicStepper(self.reference, self.parameters, execution.recompute)
+        return FixedStepper(
+            self.reference, self.parameters, execution.recompute, self.batch_indices, graphs=kind == "graph"
+        )
 
     def _flush(self, checkpoint: Path | None) -> None:
         """Move the latest steps' numbers to the host, and stop the run if one is not finite."""
-        if not self._pending:
-            return
-        rows = torch.stack(self._pending).tolist()
-        self._pending.clear()
+        rows = self.stepper.rows(len(self.history), self.step_number)
+        self._pending = 0
         for row in rows:
             named = dict(zip(COLUMNS, row, strict=True))
             broken = [name for name in ("kl", "penalty", "edge_sparsity") if not math.isfinite(named[name])]

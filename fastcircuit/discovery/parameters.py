@@ -1,6 +1,7 @@
 """What Edge Pruning learns: log-alphas of edges and writers, and the Lagrange multipliers."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,17 +86,50 @@ class MaskParameters(nn.Module):
         self.node_multipliers = Lagrangian(settings.linear_term)
         self.to(generator.device)
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over log-alphas (descent) and multipliers (ascent)."""
+    def optimizer(self, on_device: bool = False) -> torch.optim.Optimizer:
+        """AdamW over log-alphas (descent) and multipliers (ascent).
+
+        Args:
+            on_device: keep the learning rates and the step count in tensors beside the parameters, so that a step asks
+                the host for nothing. Same updates, and the same state in checkpoints.
+        """
         settings = self.settings
         multipliers = list(self.edge_multipliers.parameters())
         if settings.node_target is not None:
             multipliers += self.node_multipliers.parameters()
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [self.edge, self.node] if settings.node_masks else [self.edge], "lr": settings.learning_rate},
             {"params": multipliers, "lr": settings.multiplier_learning_rate, "maximize": True},
         ]
-        return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        if on_device:
+            for group in groups:
+                group["lr"] = torch.full((), group["lr"], dtype=self.rate_dtype, device=self.edge.device)
+        return torch.optim.AdamW(
+            groups, weight_decay=settings.weight_decay, fused=on_device or None, capturable=on_device
+        )
+
+    @property
+    def rate_dtype(self) -> torch.dtype:
+        """Of learning rates on the device: the fused AdamW of CUDA takes float32 alone."""
+        return torch.float32 if self.edge.device.type == "cuda" else torch.float64
+
+    def rates(self) -> Tensor:
+        """The learning rate of each of the optimizer's groups at every step, ``[groups, steps]``, on the device."""
+        settings = self.settings
+        factors = torch.tensor([settings.rate_factor(step) for step in range(settings.steps)], dtype=torch.float64)
+        peaks = torch.tensor([settings.learning_rate, settings.multiplier_learning_rate], dtype=torch.float64)
+        return (peaks[:, None] * factors).to(device=self.edge.device, dtype=self.rate_dtype)
+
+    def targets(self, step: int) -> tuple[float, float]:
+        """The edge and the writer sparsity aimed at in ``step``; without a writer target that is 0, and not used."""
+        settings, goal = self.settings, self.settings.edge_target
+        if goal is None:
+            goal = default_edge_target(self.num_edges / self.graph.num_edges)
+        nodes = 0.0 if settings.node_target is None else settings.node_target
+        warmup = settings.sparsity_warmup
+        start = min(self.first_target, goal)
+        edge = target_sparsity(step, warmup, goal, settings.schedule, start)
+        return edge, target_sparsity(step, warmup, nodes, settings.schedule)
 
     def sample(self, generator: torch.Generator) -> Masks:
         """One hard-concrete sample of every mask."""
@@ -119,20 +153,13 @@ class MaskParameters(nn.Module):
             return 1 - masks.node.mean()
         return probability_of_zero(self.node).mean()
 
-    def penalty(self, masks: Masks, step: int) -> tuple[Tensor, Tensor, float]:
-        """The Lagrangian terms, the edge sparsity, and its target at ``step``."""
-        settings = self.settings
-        goal = settings.edge_target
-        if goal is None:
-            goal = default_edge_target(self.num_edges / self.graph.num_edges)
-        start = min(self.first_target, goal)
-        target = target_sparsity(step, settings.sparsity_warmup, goal, settings.schedule, start)
+    def penalty(self, masks: Masks, edge_target: float | Tensor, node_target: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The Lagrangian terms for these targets, and the edge sparsity."""
         sparsity = self.edge_sparsity(masks)
-        penalty = self.edge_multipliers(sparsity, target)
-        if settings.node_target is not None:
-            node_target = target_sparsity(step, settings.sparsity_warmup, settings.node_target, settings.schedule)
+        penalty = self.edge_multipliers(sparsity, edge_target)
+        if self.settings.node_target is not None:
             penalty = penalty + self.node_multipliers(self.node_sparsity(masks), node_target)
-        return penalty, sparsity, target
+        return penalty, sparsity
 
     @torch.no_grad()
     def scores(self) -> np.ndarray:

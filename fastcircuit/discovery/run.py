@@ -9,6 +9,7 @@ from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
 from fastcircuit.discovery.discovery import METHODS, discover
 from fastcircuit.discovery.edge_pruning import Report
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.presets import preset
 from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.settings import Settings
@@ -79,6 +80,8 @@ class Run:
         on_report: OnReport | None = None,
         on_round: OnRound | None = None,
         on_progress: OnProgress | None = None,
+        on_note: Callable[[str], None] | None = None,
+        execution: Execution | None = None,
     ) -> Circuit:
         """Find the circuit, evaluate it on the test split (or, without one, on train), write both files."""
         with _Logs(self.directory / "tensorboard" if self.tensorboard else None) as log:
@@ -95,6 +98,8 @@ class Run:
                 on_report=_both(on_report, log),
                 on_round=on_round,
                 on_progress=on_progress,
+                on_note=on_note,
+                execution=execution,
             )
         split = "test" if "test" in task.splits else "train"
         metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}

@@ -106,5 +106,10 @@ class Settings:
                 changes = {name: round(getattr(self, name) * changes["steps"] / self.steps), **changes}
         return dataclasses.replace(self, **changes)
 
+    def rate_factor(self, step: int) -> float:
+        """What the learning rates are multiplied by at ``step``: linear warm-up from 0, then linear decay to 0."""
+        warmup = self.learning_rate_warmup
+        return step / warmup if step < warmup else (self.steps - step) / max(1, self.steps - warmup)
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -169,8 +169,7 @@ def parameter_tensors(graph: Graph) -> Iterator[tuple[np.ndarray, int]]:
 
 def decayed_log_alpha(settings: Settings) -> float:
     """Where weight decay alone has brought the log-alpha of an edge that cannot exist."""
-    value, warmup, steps = settings.initial_log_alpha, settings.learning_rate_warmup, settings.steps
-    for step in range(steps):
-        factor = step / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
-        value *= 1 - settings.learning_rate * factor * settings.weight_decay
+    value = settings.initial_log_alpha
+    for step in range(settings.steps):
+        value *= 1 - settings.learning_rate * settings.rate_factor(step) * settings.weight_decay
     return value

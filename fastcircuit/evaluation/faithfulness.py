@@ -10,8 +10,9 @@ from torch import Tensor
 from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.bootstrap import CONFIDENCE, bootstrap, check_bootstrap
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.metrics import example_means, kl_divergence
-from fastcircuit.evaluation.reference import DEFAULT_BUDGET, Batch, Reference
+from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.evaluation.registry import Metric, Predictions, Question, check_names, choose
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -64,7 +65,7 @@ def evaluate(
     if resamples:
         check_bootstrap(resamples, confidence)
     check_circuit_fits(model, circuit)
-    reference = task_reference(model, circuit.ablation, task, split, output_bias, budget=0)
+    reference = task_reference(model, circuit.ablation, task, split, output_bias, budgets=Budgets(0, 0))
     values = score_examples(reference, Masks.from_circuit(circuit), metrics, task)
     found = _means(values, len(reference))
     if resamples:
@@ -80,14 +81,14 @@ def task_reference(
     task: Task,
     split: str = "test",
     output_bias: str = "split",
-    budget: int = DEFAULT_BUDGET,
+    budgets: Budgets | None = None,
 ) -> Reference:
-    """What circuits of one ablation are measured against on a split (see :class:`Reference` for ``budget``)."""
+    """What circuits of one ablation are measured against on a split (see :class:`Reference` for ``budgets``)."""
     examples = task.split(split)
     if not len(examples):
         raise InputError(f"split {split!r} of task {task.name} is empty; there is nothing to evaluate on")
     patching = task.split("train") if ablation == "mean" else None
-    return Reference(model, examples, ablation, output_bias, task.answer_tokens, patching=patching, budget=budget)
+    return Reference(model, examples, ablation, output_bias, task.answer_tokens, patching=patching, budgets=budgets)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What does not depend on the masks: the full model's answer distributions and the ablated activations.
 
-Both are computed once per example and kept, up to a budget of bytes; examples beyond it are computed when asked for.
+Both are computed once per example and kept (see :mod:`fastcircuit.evaluation.cache`).
 """
 
 import copy
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fastcircuit.circuit import ABLATIONS, Ablation
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.cache import Budgets, ReferenceCache
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import Packing
-from fastcircuit.models.states import States
+from fastcircuit.models.states import States, StatesShape
 from fastcircuit.tasks.task import Examples
 
 OUTPUT_BIAS = ("split", "kept")
 CHUNK_TOKENS = 4096
-DEFAULT_BUDGET = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Reference:
         output_bias: under zero ablation, ``split`` (1/H of b_O goes with each head) or ``kept``.
         answer_tokens: restrict distributions to these tokens; None: the full vocabulary.
         patching: examples whose corrupted prompts give the means; None: ``examples`` themselves.
-        budget: bytes of states and distributions to keep on the model's device.
+        budgets: bytes of states and distributions to keep; None: :meth:`Budgets.default`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Reference:
         output_bias: str = "split",
         answer_tokens: tuple[int, ...] | None = None,
         patching: Examples | None = None,
-        budget: int = DEFAULT_BUDGET,
+        budgets: Budgets | None = None,
     ) -> None:
         if ablation not in ABLATIONS:
             raise InputError(f"ablation is {ablation!r}; accepted: {', '.join(ABLATIONS)}")
@@ -97,7 +97,7 @@ class Reference:
         )
         self.lengths = examples.attention_mask.sum(1)
         self.counts = examples.answer_mask.sum(1)
-        self._keep_what_fits(budget)
+        self.cache = self._cache(Budgets.default(model.device) if budgets is None else budgets)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -116,10 +116,11 @@ class Reference:
         examples = self.examples.select(indices)
         packing = Packing(examples.input_ids.shape, examples.attention_mask, self.model.device)
         token_ids = packing.pack(examples.input_ids.to(self.model.device))
-        if bool((indices < self.num_kept).all()):
-            ablated, log_probs = self._kept(indices)
-        else:
+        if bool((indices >= self.cache.num_kept).all()):
             ablated, log_probs = self._compute(examples)
+        else:
+            rows, log_probs = self.cache.take(indices)
+            ablated = self.states(rows)
         return Batch(len(examples), token_ids, packing, ablated, self._answers(examples, packing, log_probs))
 
     def bare_batch(self, indices: Tensor) -> Batch:
@@ -136,6 +137,14 @@ class Reference:
         """All examples in order, ``size`` at a time."""
         for chunk in torch.arange(len(self)).split(size):
             yield self.batch(chunk)
+
+    def states(self, rows: Tensor | None) -> States:
+        """The ablated states that rows of the cache hold; without rows, those of every token."""
+        if rows is None:
+            assert self.constant is not None
+            return self.constant
+        assert self.cache.shape is not None
+        return self.cache.shape.view(rows)
 
     def restrict(self, logits: Tensor) -> Tensor:
         """Log-probabilities over the vocabulary or the answer tokens, float32 or better: ``[N, V] -> [N, V or A]``."""
@@ -168,51 +177,33 @@ class Reference:
         return self.model.run(examples.corrupted_input_ids, examples.attention_mask)[0]
 
     @torch.no_grad()
-    def _keep_what_fits(self, budget: int) -> None:
-        """Fill the cache, chunk by chunk, with the first examples, until the next chunk would not fit."""
-        states: list[States] = []
-        log_probs: list[Tensor] = []
-        self.num_kept = used = 0
-        for first, last in token_chunks(self.lengths, CHUNK_TOKENS) if budget > 0 else ():
-            ablated, answers = self._compute(self.examples.select(torch.arange(first, last)))
-            used += _bytes(answers) + (_states_bytes(ablated) if self.interchange else 0)
-            if used > budget:
-                break
-            states.append(ablated)
-            log_probs.append(answers)
-            self.num_kept = last
-        self._log_probs = torch.cat(log_probs) if log_probs else None
-        self._states = States.concatenate(states) if states and self.interchange else None
-        self._first_token = torch.cumsum(self.lengths, 0) - self.lengths
-        self._first_answer = torch.cumsum(self.counts, 0) - self.counts
-
-    def _kept(self, indices: Tensor) -> tuple[States, Tensor]:
-        device = self.model.device
-        answers = _ranges(self._first_answer[indices], self.counts[indices]).to(device)
-        assert self._log_probs is not None
-        log_probs = self._log_probs.index_select(0, answers)
-        if self.constant is not None:
-            return self.constant, log_probs
-        assert self._states is not None
-        return self._states.take(_ranges(self._first_token[indices], self.lengths[indices]).to(device)), log_probs
+    def _cache(self, budgets: Budgets) -> ReferenceCache:
+        """What fits of the first examples, computed chunk by chunk."""
+        ablated, log_probs = self._compute(self.examples.select(torch.arange(1)))
+        cache = ReferenceCache(
+            self.lengths,
+            self.counts,
+            StatesShape.of(ablated) if self.interchange else None,
+            log_probs[:0],
+            lambda indices: self._compute(self.examples.select(indices)),
+            budgets,
+        )
+        cache.fill(lambda first, last: token_chunks(self.lengths, CHUNK_TOKENS, first, last))
+        return cache
 
 
-def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """``start, start + 1, ..., start + length - 1`` for each pair, one after the other."""
-    offsets = torch.arange(int(lengths.sum())) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    return torch.repeat_interleave(starts, lengths) + offsets
-
-
-def token_chunks(lengths: Tensor, most: int = CHUNK_TOKENS) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of examples with at most ``most`` tokens each (or one example)."""
-    first = tokens = 0
-    for index, length in enumerate(lengths.tolist()):
+def token_chunks(
+    lengths: Tensor, most: int = CHUNK_TOKENS, first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of the examples ``first`` to ``last``, of at most ``most`` tokens each (or one example)."""
+    tokens, last = 0, len(lengths) if last is None else last
+    for index, length in enumerate(lengths[first:last].tolist(), first):
         if tokens and tokens + length > most:
             yield first, index
             first, tokens = index, 0
         tokens += length
     if tokens:
-        yield first, len(lengths)
+        yield first, last
 
 
 def _constant_states(model: MaskedCausalLM, patching: Examples, ablation: str, output_bias: str) -> States:
@@ -230,11 +221,3 @@ def _constant_states(model: MaskedCausalLM, patching: Examples, ablation: str, o
     assert totals is not None
     embeds, heads, mlps = ((total / tokens).to(model.dtype) for total in totals)
     return States(embeds, heads, mlps)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _states_bytes(states: States) -> int:
-    return _bytes(states.embeds) + _bytes(states.heads) + _bytes(states.mlps)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.bootstrap import Interval
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.faithfulness import check_circuit_fits, circuit_log_probs
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Reference
@@ -252,7 +253,9 @@ def _kl_of_circuit(model: MaskedCausalLM, task: Task, circuit: Circuit, submodel
     """``KL(edge circuit || submodel)``: mean over answer positions, then over test examples."""
     test = task.split("test")
     patching = task.split("train") if circuit.ablation == "mean" else None
-    reference = Reference(model, test, circuit.ablation, answer_tokens=task.answer_tokens, patching=patching, budget=0)
+    reference = Reference(
+        model, test, circuit.ablation, answer_tokens=task.answer_tokens, patching=patching, budgets=Budgets(0, 0)
+    )
     masks, total, first = Masks.from_circuit(circuit), 0.0, 0
     for batch in reference.batches(BATCH_SIZE):
         examples = test.select(torch.arange(first, first + batch.size))

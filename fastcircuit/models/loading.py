@@ -57,6 +57,27 @@ def load_graph(name: str, embedding_nodes: EmbeddingNodes = "split") -> Graph:
     return Graph.from_config(config, embedding_nodes)
 
 
+def shapes_of_model(name: str, dtype: str = "float32", embedding_nodes: EmbeddingNodes = "split") -> MaskedCausalLM:
+    """The masked model of that name on the meta device, from its configuration alone: shapes, no weights.
+
+    Raises:
+        InputError: no such model, an unsupported architecture.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
+    path = locate(name)
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(path)
+            check_supported(config)
+            model = AutoModelForCausalLM.from_config(config).to(DTYPES[dtype])
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
+    return MaskedCausalLM(model, embedding_nodes)
+
+
 def choose_device(name: str) -> str:
     """``cpu`` or ``cuda``; ``auto`` is a GPU when there is one. InputError when there is none and it was asked for."""
     if name == "auto":

@@ -184,17 +184,18 @@ class MaskedCausalLM(nn.Module):
         masks: Masks,
         answers: Tensor,
         skip_zeros: bool = False,
+        recompute: bool | None = None,
     ) -> Tensor:
         """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
 
-        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`).
+        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`); ``recompute`` overrides
+        the model's own.
         """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
         product = masks.product(self.graph).to(device=self.device, dtype=self.mask_dtype)
-        run = MaskedRun(
-            anatomy, self.graph, packing, embeds, ablated, answers, self.recompute, skip_zeros, self.backend
-        )
+        recompute = self.recompute if recompute is None else recompute
+        run = MaskedRun(anatomy, self.graph, packing, embeds, ablated, answers, recompute, skip_zeros, self.backend)
         return run(product)
 
     @property

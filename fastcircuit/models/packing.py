@@ -103,14 +103,14 @@ class Packing:
 
     def to_sequences(self, heads: Tensor) -> Tensor:
         """``[H, T, d_head] -> [B, H, longest, d_head]``."""
-        if self.real is not None:
+        if not self.is_full:
             heads = heads.index_select(1, self._pad_index)
         return heads.unflatten(1, (self.shape[0], self.longest)).transpose(0, 1)
 
     def to_tokens(self, sequences: Tensor) -> Tensor:
         """``[B, H, longest, d_head] -> [T, H * d_head]``."""
         tokens = sequences.transpose(1, 2).flatten(2).flatten(0, 1)
-        return tokens if self.real is None else tokens.index_select(0, self._unpad_index)
+        return tokens if self.is_full else tokens.index_select(0, self._unpad_index)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None
@@ -136,7 +136,7 @@ class Packing:
             return (distance >= 0) & (distance < window) if causal else self._padding_mask() & (distance.abs() < window)
         if causal:
             return None
-        return self._padding_mask() if self.real is not None else None
+        return None if self.is_full else self._padding_mask()
 
     def _padding_mask(self) -> Tensor:
         """True at real keys, ``[B, 1, 1, longest]``."""
@@ -176,6 +176,40 @@ class Packing:
         packed = torch.full((batch * length,), -1, device=self.device)
         packed[self.token_index] = torch.arange(self.num_tokens, device=self.device)
         return packed[flat]
+
+
+class FixedPacking(Packing):
+    """A packing whose sizes are fixed and whose contents are buffers: refilled, it is another batch of the same shape.
+
+    Nothing in it asks the device for a number. Rows may be empty and tokens may belong to no row (see
+    :class:`fastcircuit.discovery.buckets.Bucket`).
+
+    Args:
+        longest: places of every row of the padded layout, ``S``.
+        position_ids: position of every packed token in its row, ``[T]``.
+        pad_index: packed token for every place of the padded layout, ``[B * S]``.
+        unpad_index: place in the flattened padded layout of every packed token, ``[T]``.
+        lengths: tokens of every row (at least 1, so that no softmax is empty), ``[B]``.
+        full: every place of the padded layout is a token, in order.
+    """
+
+    def __init__(
+        self, longest: int, position_ids: Tensor, pad_index: Tensor, unpad_index: Tensor, lengths: Tensor, full: bool
+    ) -> None:
+        self.shape, self.device = torch.Size((len(lengths), longest)), position_ids.device
+        self.num_tokens, self.longest = len(position_ids), longest
+        self.position_ids, self.lengths = position_ids, lengths
+        self._pad_index, self._unpad_index = pad_index, unpad_index
+        self._full = full
+
+    @property
+    def is_full(self) -> bool:
+        return self._full
+
+    @property
+    def is_short(self) -> bool:
+        """Never: the packed kernel wants the sequences' places on the host."""
+        return False
 
 
 def _check_mask(real: Tensor, shape: torch.Size) -> None:

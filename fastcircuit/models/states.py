@@ -1,7 +1,6 @@
 """What every writer wrote in one unmasked run: the corrupted activations, in each head's own width."""
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +45,6 @@ class States:
             self, embeds=self.embeds.to(device), heads=self.heads.to(device), mlps=self.mlps.to(device)
         )
 
-    @classmethod
-    def concatenate(cls, parts: Iterable["States"]) -> "States":
-        """The states of several packed batches, one after the other."""
-        parts = list(parts)
-        embeds, heads, mlps = (
-            torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("embeds", "heads", "mlps")
-        )
-        return cls(embeds, heads, mlps, parts[0].has_output_bias)
-
     def mean(self) -> "States":
         """One vector per writer, averaged over all tokens in float32 or better (mean ablation)."""
         return dataclasses.replace(
@@ -73,6 +63,53 @@ class States:
             torch.zeros_like(self.mlps[:, :1]),
             has_output_bias=output_bias == "kept",
         )
+
+
+@dataclass(frozen=True)
+class StatesShape:
+    """How the states of one token lie in a row of ``F`` numbers: embeddings, then heads, then MLPs, layer by layer.
+
+    Args:
+        embeds, heads, mlps: shapes ``(E, d)``, ``(L, H * d_head)``, ``(L, d)`` of one token's states.
+    """
+
+    embeds: tuple[int, int]
+    heads: tuple[int, int]
+    mlps: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, states: States) -> "StatesShape":
+        embeds, heads, mlps = ((part.shape[0], part.shape[2]) for part in (states.embeds, states.heads, states.mlps))
+        return cls(embeds, heads, mlps, states.embeds.dtype)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of each part in a row."""
+        return [count * width for count, width in (self.embeds, self.heads, self.mlps)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one row."""
+        return sum(self.sizes) * self.dtype.itemsize
+
+    def empty(self, tokens: int, device: torch.device, pinned: bool = False) -> Tensor:
+        """Rows of some tokens, ``[T, F]``, not initialised."""
+        return torch.empty(tokens, sum(self.sizes), dtype=self.dtype, device=device, pin_memory=pinned)
+
+    def view(self, rows: Tensor) -> States:
+        """The states that rows ``[T, F]`` hold; nothing is copied."""
+        embeds, heads, mlps = (
+            part.unflatten(1, shape).transpose(0, 1)
+            for part, shape in zip(rows.split(self.sizes, dim=1), (self.embeds, self.heads, self.mlps), strict=True)
+        )
+        return States(embeds, heads, mlps)
+
+    def write(self, states: States, rows: Tensor) -> None:
+        """Copy states into rows ``[T, F]``."""
+        to = self.view(rows)
+        for own, part in ((to.embeds, states.embeds), (to.heads, states.heads), (to.mlps, states.mlps)):
+            own.copy_(part)
 
 
 def _token_mean(values: Tensor) -> Tensor:

@@ -28,10 +28,24 @@ KEEP_BYTES = 2**30
 
 @dataclass
 class LayerRun:
-    """The parts of one layer that are live."""
+    """One layer: its live parts with their graphs, or what it takes to make those again.
 
+    Args:
+        base: what the layer's readers see with all masks 0, ``[T, d]`` (or ``[1, d]``).
+        written: what its ablated heads write together; of the last layer, what its MLP sees with all masks 0.
+    """
+
+    base: Tensor
+    written: Tensor
     attention: AttentionRun | None = None
     mlp: MlpRun | None = None
+
+    @property
+    def has_graphs(self) -> bool:
+        return self.attention is not None or self.mlp is not None
+
+    def drop_graphs(self) -> None:
+        self.attention = self.mlp = None
 
 
 @dataclass
@@ -63,8 +77,7 @@ class MaskedRun:
     active: Active = field(init=False)
     stream: Tensor | None = field(init=False, default=None)
     _top: Tensor | None = field(init=False, default=None)
-    _bases: list[Tensor] = field(init=False, default_factory=list)
-    _layers: list[LayerRun | None] = field(init=False, default_factory=list)
+    _layers: list[LayerRun] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         positions = self.packing.position_ids
@@ -90,11 +103,13 @@ class MaskedRun:
         self.stream = self.embeds.new_empty(below_top, tokens, width)
         base = self._write_embeddings()
         for layer in range(self.graph.num_layers - 1):
-            run, base = self._run_layer(layer, mask, base, keep_graphs)
-            self._layers.append(run if keep_graphs else None)
-        run, read = self._run_top(mask, base, keep_graphs)
-        self._layers.append(run if keep_graphs else None)
-        return read
+            run = LayerRun(base, self._ablated_heads(layer, self.ablated))
+            self._run_layer(layer, run, mask, self.ablated, keep_graphs)
+            base = base + run.written + self.ablated.mlps[layer]
+            self._layers.append(run)
+            if not keep_graphs:
+                run.drop_graphs()
+        return self._forward_top(mask, base, keep_graphs)
 
     def backward(self, mask: Tensor, grad_read: Tensor) -> Tensor:
         """Gradient of every edge's mask, ``[num_edges]``, from that of the final read, ``[N, d]``."""
@@ -102,10 +117,14 @@ class MaskedRun:
             raise RuntimeError("the masked forward pass keeps its stream for one backward only; run it again")
         grad_stream = torch.zeros_like(self.stream)
         grad_mask = torch.zeros_like(mask)
-        run = self._layers.pop() or self._run_top(mask, self._bases[-1], keep_graphs=True)[0]
+        run = self._layers.pop()
+        if not run.has_graphs:
+            self._run_top(run, mask, None, keep_graphs=True)
         self._backward_top(run, mask, grad_read, grad_stream, grad_mask)
         for layer in reversed(range(self.graph.num_layers - 1)):
-            run = self._layers.pop() or self._run_layer(layer, mask, self._bases[layer], keep_graphs=True)[0]
+            run = self._layers.pop()
+            if not run.has_graphs:
+                self._run_layer(layer, run, mask, None, keep_graphs=True)
             self._backward_layer(layer, run, mask, grad_stream, grad_mask)
         self.stream = self._top = None
         return grad_mask
@@ -122,29 +141,27 @@ class MaskedRun:
                 torch.sub(clean[writer], ablated[writer], out=self._row(self.stream, writer))
         return ablated.sum(0)
 
-    def _run_layer(self, layer: int, mask: Tensor, base: Tensor, keep_graphs: bool) -> tuple[LayerRun, Tensor]:
-        """Write a layer's live rows; returns what its backward needs, and the base with the ablated layer added.
+    def _run_layer(self, layer: int, run: LayerRun, mask: Tensor, ablated: States | None, keep_graphs: bool) -> None:
+        """Run a layer's live parts, and write their rows; without ``ablated`` those are written already.
 
         The heads' reads and what the MLP reads of earlier layers are one ``masked_read``: they share the stream.
         """
-        if len(self._bases) == layer:
-            self._bases.append(base)
         readers = self.active.num_attention_readers(layer)
-        stream = self._rows_before(self.stream, layer)
-        reads = masked_read(stream, self.active.layer_weights(layer, mask), base, backend=self.backend)
-        run, heads = LayerRun(), self._head_rows(self.stream, layer)
+        stream, heads = self._rows_before(self.stream, layer), self._head_rows(self.stream, layer)
+        reads = masked_read(stream, self.active.layer_weights(layer, mask), run.base, backend=self.backend)
         if readers:
             run.attention = self._attention(layer, reads[:readers])
-            self._write_heads(layer, run.attention.forward(keep_graphs), self.ablated, heads)
-        written = self._ablated_heads(layer, self.ablated)
+            out = run.attention.forward(keep_graphs)
+            if ablated is not None:
+                self._write_heads(layer, out, ablated, heads)
         if self.active.is_live(self.graph.mlp_writer(layer)):
-            read = reads[readers:] + written
+            read = reads[readers:] + run.written
             if readers:
                 read = masked_read(heads, self.active.mlp_head_weights(layer, mask), read[0], backend=self.backend)
             run.mlp = MlpRun(self.anatomy.blocks[layer], read[0])
-            row = self._row(self.stream, self.graph.mlp_writer(layer))
-            torch.sub(run.mlp.forward(keep_graphs), self.ablated.mlps[layer], out=row)
-        return run, base + written + self.ablated.mlps[layer]
+            out = run.mlp.forward(keep_graphs)
+            if ablated is not None:
+                torch.sub(out, ablated.mlps[layer], out=self._row(self.stream, self.graph.mlp_writer(layer)))
 
     def _backward_layer(self, layer: int, run: LayerRun, mask: Tensor, grad_stream: Tensor, grad_mask: Tensor) -> None:
         """Differentiate a layer alone, and pass its gradient on to the masks and rows it reads."""
@@ -165,30 +182,41 @@ class MaskedRun:
         grad_weights = self._add_gradients(grad_reads, stream, weights, grad)
         self.active.store_layer(layer, grad_mask, grad_weights, of_heads)
 
-    def _run_top(self, mask: Tensor, base: Tensor, keep_graphs: bool) -> tuple[LayerRun, Tensor]:
+    def _forward_top(self, mask: Tensor, base: Tensor, keep_graphs: bool) -> Tensor:
         """The last layer and the final read: what they write is wanted at the answers alone, so it has N tokens."""
         assert self.stream is not None
+        ablated, answers = self.ablated.take(self.answers), self.answers
+        at_answers = base.index_select(0, answers) + self._ablated_heads(self.graph.num_layers - 1, ablated)
+        run = LayerRun(base, at_answers)
+        self._top = self.stream.new_empty(self.active.num_writers, len(answers), self.stream.shape[2])
+        torch.index_select(self.stream, 1, answers, out=self._top[: len(self.stream)])
+        self._run_top(run, mask, ablated, keep_graphs)
+        self._layers.append(run)
+        if not keep_graphs:
+            run.drop_graphs()
+        weights = self.active.weights(self.graph.final_site, mask)
+        return masked_read(self._top, weights, at_answers + ablated.mlps[-1], backend=self.backend)[0]
+
+    def _run_top(self, run: LayerRun, mask: Tensor, ablated: States | None, keep_graphs: bool) -> None:
+        """Run the last layer's live parts, and write their rows; without ``ablated`` those are written already."""
+        assert self._top is not None
+        assert self.stream is not None
         layer, graph, active = self.graph.num_layers - 1, self.graph, self.active
-        if len(self._bases) == layer:
-            self._bases.append(base)
-        below, ablated = self.stream.shape[0], self.ablated.take(self.answers)
-        self._top = top = self.stream.new_empty(active.num_writers, len(self.answers), self.stream.shape[2])
-        torch.index_select(self.stream, 1, self.answers, out=top[:below])
-        run = LayerRun()
         if active.num_attention_readers(layer):
             weights = active.weights(graph.attention_site(layer), mask)
-            run.attention = self._attention(layer, masked_read(self.stream, weights, base, backend=self.backend))
-            out = run.attention.forward(keep_graphs).index_select(0, self.answers)
-            self._write_heads(layer, out, ablated, self._head_rows(top, layer))
-        base = base.index_select(0, self.answers) + self._ablated_heads(layer, ablated)
+            run.attention = self._attention(layer, masked_read(self.stream, weights, run.base, backend=self.backend))
+            out = run.attention.forward(keep_graphs)
+            if ablated is not None:
+                out = out.index_select(0, self.answers)
+                self._write_heads(layer, out, ablated, self._head_rows(self._top, layer))
         if active.is_live(graph.mlp_writer(layer)):
             site = graph.mlp_site(layer)
-            rows, weights = top[: active.row(site.num_writers)], active.weights(site, mask)
-            run.mlp = MlpRun(self.anatomy.blocks[layer], masked_read(rows, weights, base, backend=self.backend)[0])
-            row = self._row(top, graph.mlp_writer(layer))
-            torch.sub(run.mlp.forward(keep_graphs), ablated.mlps[layer], out=row)
-        base = base + ablated.mlps[layer]
-        return run, masked_read(top, active.weights(graph.final_site, mask), base, backend=self.backend)[0]
+            rows, weights = self._top[: active.row(site.num_writers)], active.weights(site, mask)
+            read = masked_read(rows, weights, run.written, backend=self.backend)[0]
+            run.mlp = MlpRun(self.anatomy.blocks[layer], read)
+            out = run.mlp.forward(keep_graphs)
+            if ablated is not None:
+                torch.sub(out, ablated.mlps[layer], out=self._row(self._top, graph.mlp_writer(layer)))
 
     def _backward_top(
         self, run: LayerRun, mask: Tensor, grad_read: Tensor, grad_stream: Tensor, grad_mask: Tensor
@@ -235,14 +263,10 @@ class MaskedRun:
 
     def _write_heads(self, layer: int, out: Tensor, ablated: States, rows: Tensor) -> None:
         """Write the live heads' ``rows`` from their outputs before the output projection."""
-        attention, reference, heads = (
-            self.anatomy.blocks[layer].attention,
-            ablated.heads[layer],
-            self.active.heads(layer),
-        )
+        attention, reference = self.anatomy.blocks[layer].attention, ablated.heads[layer]
         if not self.active.everything:
-            reference = _take_heads(reference, heads, self.graph.num_heads)
-        difference = (out - reference).unflatten(1, (len(heads), -1)).transpose(0, 1)
+            reference = _take_heads(reference, self.active.heads(layer), self.graph.num_heads)
+        difference = (out - reference).unflatten(1, (rows.shape[0], -1)).transpose(0, 1)
         torch.bmm(difference, self._out_weight(layer), out=rows)
         if attention.out_bias is not None and not ablated.has_output_bias:
             rows += attention.out_bias / self.graph.num_heads

@@ -23,6 +23,8 @@ from fastcircuit.discovery.edge_pruning import Report
 class Watcher(ABC):
     """What a run calls while it goes on."""
 
+    console: Console
+
     def on_report(self, report: Report) -> None:
         """After some steps of optimisation."""
         self._show("discover", report.step + 1, report.steps, _numbers(report))
@@ -38,6 +40,10 @@ class Watcher(ABC):
     def on_run(self, name: str, done: int, most: int, left: float) -> None:
         """After a run of a sweep; ``left`` is in seconds."""
         self._show("sweep", done, most, f"{name}  about {left / 60:.0f} min left" if left >= 60 else name)
+
+    def on_note(self, line: str) -> None:
+        """When a run goes on otherwise than it was asked to."""
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def on_candidate(self, done: int, most: int) -> None:
         """After some candidates of an extraction were decided."""
@@ -80,7 +86,7 @@ class _Rate(ProgressColumn):
 
 class _Bars(Watcher):
     def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+        self.progress, self.console = progress, progress.console
         self.bars: dict[str, TaskID] = {}
 
     def _show(self, name: str, done: int, total: int, numbers: str) -> None:

@@ -31,6 +31,23 @@ def metrics_table(circuit: Circuit) -> Group:
     return Group(*parts)
 
 
+def plan_table(found: dict[str, Any]) -> Group:
+    """The memory that a run is predicted to need (see ``Plan.to_dict``)."""
+    table = Table("memory", "GB", title=f"on {found['device']}", title_justify="left")
+    for label, key in (
+        ("weights", "weights"),
+        ("cached states and answers", "cache"),
+        ("masks and their optimizer", "learned"),
+        ("a step, forward and backward", "step"),
+        ("together", "total"),
+        ("free", "free"),
+    ):
+        table.add_row(label, f"{found[key] / 1e9:.2f}")
+    blocks = "computed again in the backward pass" if found["recompute"] else "kept for the backward pass"
+    how = f"{found['micro_batch']} examples at a time ({found['tokens']} tokens), blocks {blocks}"
+    return Group(table, how, *([] if found["fits"] else ["this does not fit; use a narrower dtype or shorter prompts"]))
+
+
 def overlap_table(found: dict[str, Any], first: str, second: str) -> Table:
     """What :func:`fastcircuit.evaluation.overlap.overlap` found, with the files' names."""
     table = Table("edges", "count", title=f"{first} and {second}", title_justify="left")

@@ -109,6 +109,10 @@ BAD_CALLS = {
         "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --out new --resume",
         "no checkpoint new/checkpoint.safetensors to resume from",
     ),
+    "step": ("discover {shelf}/gpt2 --task pronoun --step magic", "step is 'magic'; accepted: auto, dynamic"),
+    "graph": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --step graph", "step 'graph' needs a CUDA device"),
+    "micro-batch": ("discover {shelf}/gpt2 --task pronoun --micro-batch 0", "micro_batch is 0; it must be at least 1"),
+    "dry run": ("discover {shelf}/nothing --task pronoun --dry-run", "no such model directory"),
     "resume, overwrite": ("discover {shelf}/gpt2 --task pronoun --resume --overwrite", "contradict each other"),
 }
 
@@ -197,3 +201,23 @@ def test_discover_within_a_budget_says_how_many_edges_that_takes(run):
     assert found["edges"] == 7
     assert found["test"]["kl"] < 1e-6
     assert json.loads(Path("budget/circuit.json").read_text())["provenance"]["kl_budget"] == 0.01
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(shelf, run, answer):
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--batch-size", "4", "--dry-run"]
+    found = answer(*arguments)["plan"]
+    assert (found["device"], found["micro_batch"], found["recompute"], found["fits"]) == ("cpu", 4, False, True)
+    parts = [found[name] for name in ("weights", "cache", "learned", "step")]
+    assert found["total"] == sum(parts)
+    assert min(parts) > 0
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "4 examples at a time" in out
+    assert os.listdir() == []
+
+
+def test_micro_batches_find_the_same_circuit(shelf, run):
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--dtype", "float64", "--out"]
+    assert run(*arguments, "whole")[0] == run(*arguments, "parts", "--micro-batch", "1", "--step", "fixed")[0] == 0
+    whole, parts = (load_file(f"{name}/masks.safetensors")["edge"] for name in ("whole", "parts"))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)  # the multipliers are float32

@@ -8,6 +8,7 @@ import torch
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.faithfulness import evaluate
 from fastcircuit.evaluation.metrics import accuracy, exact_match, kl_divergence, logit_difference
 from fastcircuit.evaluation.overlap import overlap
@@ -27,9 +28,9 @@ def model():
 @pytest.mark.parametrize("ablation", ["interchange", "mean", "zero"])
 def test_cached_batches_equal_computed_ones(model, ablation):
     examples = make_task().split("train")
-    kept, computed = (Reference(model, examples, ablation, budget=budget) for budget in (2**30, 0))
-    assert kept.num_kept == len(examples)
-    assert computed.num_kept == 0
+    kept, computed = (Reference(model, examples, ablation, budgets=Budgets(budget, 0)) for budget in (2**30, 0))
+    assert kept.cache.num_on_device == len(examples)
+    assert computed.cache.num_kept == 0
     for indices in (torch.tensor([3, 0, 7]), torch.tensor([9]), torch.arange(10)):
         a, b = kept.batch(indices), computed.batch(indices)
         torch.testing.assert_close(a.answers.log_probs, b.answers.log_probs)
@@ -37,14 +38,30 @@ def test_cached_batches_equal_computed_ones(model, ablation):
             torch.testing.assert_close(getattr(a.ablated, name), getattr(b.ablated, name))
 
 
-def test_a_small_budget_keeps_the_first_examples(model, monkeypatch):
+@pytest.mark.parametrize("ablation", ["interchange", "mean"])
+@pytest.mark.parametrize(("device", "host"), [(0.4, 0), (0, 0.4), (0.3, 0.4), (0.5, 1)])
+def test_small_budgets_keep_the_first_examples(model, monkeypatch, ablation, device, host):
     monkeypatch.setattr("fastcircuit.evaluation.reference.CHUNK_TOKENS", 8)
     examples = make_task().split("train")
-    some = Reference(model, examples, budget=60_000)
-    assert 0 < some.num_kept < len(examples)
-    everything = Reference(model, examples)
-    for indices in (torch.tensor([0]), torch.tensor([9, 0])):
-        torch.testing.assert_close(some.batch(indices).answers.log_probs, everything.batch(indices).answers.log_probs)
+    everything = Reference(model, examples, ablation)
+    size = cached_bytes(everything.cache)
+    some = Reference(model, examples, ablation, budgets=Budgets(int(device * size), int(host * size)))
+    assert cached_bytes(some.cache) <= (device + host) * size
+    on_device, kept = some.cache.num_on_device, some.cache.num_kept
+    assert kept > 0
+    assert (kept == len(examples)) == (device + host > 1)
+    assert on_device <= kept
+    batches = [torch.arange(10), torch.tensor([9, 0]), torch.tensor([0]), torch.tensor([9]), torch.tensor([5, 4, 8, 1])]
+    for indices in batches:
+        found, expected = some.batch(indices), everything.batch(indices)
+        torch.testing.assert_close(found.answers.log_probs, expected.answers.log_probs)
+        for name in ("embeds", "heads", "mlps"):
+            torch.testing.assert_close(getattr(found.ablated, name), getattr(expected.ablated, name))
+
+
+def cached_bytes(cache):
+    held = [part for tier in cache._tiers for part in (tier.rows, tier.log_probs) if part is not None]
+    return sum(part.numel() * part.element_size() for part in held)
 
 
 def test_evaluate_equals_the_formulas(model):

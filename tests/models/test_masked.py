@@ -269,3 +269,19 @@ def test_positions_on_padding_are_refused():
     attention_mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     with pytest.raises(InputError, match="names padding"):
         model(clean, attention_mask, positions=torch.tensor([-1, -1]))
+
+
+def test_recomputing_in_backward_writes_no_row_again(monkeypatch):
+    from fastcircuit.models.stream import MaskedRun
+
+    calls = []
+    for name in ("_write_heads", "_ablated_heads"):
+        whole = getattr(MaskedRun, name)
+        monkeypatch.setattr(
+            MaskedRun, name, lambda *args, name=name, whole=whole: (calls.append(name), whole(*args))[1]
+        )
+    model = MaskedCausalLM(tiny_model("llama"), recompute=True)
+    clean, corrupted = pair()
+    masks = random_masks(model.graph)
+    model(clean, corrupted_input_ids=corrupted, masks=masks).logits.sum().backward()
+    assert sorted(calls) == sorted(["_write_heads", "_ablated_heads"] * model.graph.num_layers)

@@ -12,6 +12,7 @@ from fastcircuit.benchmarks.case import Case, Target, Variant
 from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import SHAPES, Shape, random_model, random_pairs
 from fastcircuit.benchmarks.suites.step import QUICK
+from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -59,17 +60,17 @@ class Operands:
 
 def computed(operands: Operands) -> Variant:
     """Without the cache: both runs of a batch, as they are done once per example."""
-    return _ours(operands, budget=0)
+    return _ours(operands, Budgets(0, 0))
 
 
 def cached(operands: Operands) -> Variant:
     """What every later step pays."""
-    return _ours(operands, budget=2**40)
+    return _ours(operands, Budgets(2**40, 0))
 
 
-def _ours(operands: Operands, budget: int) -> Variant:
+def _ours(operands: Operands, budgets: Budgets) -> Variant:
     model = MaskedCausalLM(operands.model)
-    reference = Reference(model, operands.pairs, budget=budget)
+    reference = Reference(model, operands.pairs, budgets=budgets)
     everything = torch.arange(len(operands.pairs))
 
     @torch.no_grad()

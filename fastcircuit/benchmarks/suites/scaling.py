@@ -108,10 +108,12 @@ def _sparsity(shape: Shape, sparsities: tuple[float, ...], target: Target) -> Ca
     )
 
 
+STILL = 1e-30  # a learning rate at which masks stay as sparse as they are
+
+
 def _sparse_point(sparsity: float, operands: step.Operands) -> Variant:
     """A step whose masks sample 0 for ``sparsity`` of the edges; writers are off in the published runs' proportion."""
-    run = step.edge_pruning(operands)
-    run.rates = [0.0 for _ in run.rates]  # the masks stay as sparse as they are
+    run = step.edge_pruning(operands, learning_rate=STILL)
     _turn_off(run, sparsity)
     gate = step.fastcircuit_step(operands)
     return Variant(run.step, gate.check)

@@ -15,6 +15,7 @@ from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import SHAPES, Shape, random_model, random_pairs, room
 from fastcircuit.discovery.edge_pruning import EdgePruning
 from fastcircuit.discovery.settings import Settings
+from fastcircuit.discovery.steppers import DynamicStepper
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.masks import Masks
@@ -123,17 +124,25 @@ def _with_gradients(divergence: Divergence, edge: Tensor, node: Tensor) -> tuple
     return kl.detach(), of_edges, of_nodes
 
 
-def edge_pruning(operands: Operands, model: Any = None, **changes: Any) -> EdgePruning:
+def edge_pruning(operands: Operands, model: Any = None, learning_rate: float = 1.0, **changes: Any) -> EdgePruning:
     """Our run of the operands' model, or of ``model``; its masks start on and stay there."""
     masked = MaskedCausalLM(operands.model if model is None else model, **changes)
-    settings = Settings(steps=LONG, batch_size=operands.shape.batch, initial_log_alpha=10.0, sparsity_warmup=LONG)
+    settings = Settings(
+        steps=LONG,
+        batch_size=operands.shape.batch,
+        initial_log_alpha=10.0,
+        sparsity_warmup=LONG,
+        learning_rate=learning_rate,
+    )
     return EdgePruning(Reference(masked, operands.pairs), operands.shape.graph.num_edges, settings)
 
 
 def our_divergence(run: EdgePruning) -> Divergence:
     """KL of all the run's examples as one batch."""
     everything = torch.arange(len(run.reference))
-    return lambda edge, node: run.divergence(Masks(edge, node), run.reference.batch(everything))
+    return lambda edge, node: DynamicStepper(run.reference, run.parameters, None).divergence(
+        Masks(edge, node), run.reference.batch(everything)
+    )
 
 
 def published_divergence(published: PublishedEdgePruning, batch: dict[str, Tensor]) -> Divergence:

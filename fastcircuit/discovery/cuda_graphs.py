@@ -1,0 +1,41 @@
+"""Functions of buffers, recorded as CUDA graphs and replayed."""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class Recorder:
+    """Runs functions by name: as they are the first time, recorded the second time, from then on by replay.
+
+    The first run is a real one and warms up what a recording cannot hold (kernels that are compiled, workspaces, the
+    optimizer's state), so nothing is run for show and no state has to be put back. All recordings share one pool of
+    memory: they run one after the other, and what outlives them is in buffers of their caller.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+
+    def __call__(self, key: Hashable, call: Callable[[], None]) -> None:
+        """Do what ``call`` does; the same key must always come with the same function of the same buffers."""
+        if key not in self._graphs:
+            self._run_aside(call)
+            self._graphs[key] = None
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                call()
+            self._graphs[key] = graph
+        graph.replay()
+
+    @staticmethod
+    def _run_aside(call: Callable[[], None]) -> None:
+        """Run on a stream that is not the default one, as a recording does."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
