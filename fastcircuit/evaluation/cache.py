@@ -117,14 +117,13 @@ class ReferenceCache:
 
     def take(self, indices: Tensor) -> tuple[Tensor | None, Tensor]:
         """States ``[T, F]`` (see :class:`StatesShape`) and distributions ``[N, V]`` of some examples, on the device."""
-        tokens, answers = int(self.lengths[indices].sum()), int(self.counts[indices].sum())
         if self.is_on_device(indices):
             tier = self._tiers[0]
             log_probs = tier.log_probs.index_select(0, self.answer_rows(indices).to(self.device))
             if tier.rows is None:
                 return None, log_probs
             return tier.rows.index_select(0, self.token_rows(indices).to(self.device)), log_probs
-        rows, log_probs = self.empty(tokens, answers)
+        rows, log_probs = self.empty(int(self.lengths[indices].sum()), int(self.counts[indices].sum()))
         self.copy(indices, rows, log_probs)
         return rows, log_probs
 

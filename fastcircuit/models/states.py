@@ -40,6 +40,14 @@ class States:
         )
         return States(embeds, heads, mlps, self.has_output_bias)
 
+    def last_layer(self, tokens: Tensor) -> "States":
+        """The last layer's states at the given packed tokens, under every layer's number; no other's are copied."""
+        heads, mlps = (
+            part if part.shape[1] == 1 else part[-1:].index_select(1, tokens).expand(len(part), -1, -1)
+            for part in (self.heads, self.mlps)
+        )
+        return dataclasses.replace(self, heads=heads, mlps=mlps)
+
     def to(self, device: torch.device) -> "States":
         return dataclasses.replace(
             self, embeds=self.embeds.to(device), heads=self.heads.to(device), mlps=self.mlps.to(device)

@@ -185,7 +185,7 @@ class MaskedRun:
     def _forward_top(self, mask: Tensor, base: Tensor, keep_graphs: bool) -> Tensor:
         """The last layer and the final read: what they write is wanted at the answers alone, so it has N tokens."""
         assert self.stream is not None
-        ablated, answers = self.ablated.take(self.answers), self.answers
+        ablated, answers = self.ablated.last_layer(self.answers), self.answers
         at_answers = base.index_select(0, answers) + self._ablated_heads(self.graph.num_layers - 1, ablated)
         run = LayerRun(base, at_answers)
         self._top = self.stream.new_empty(self.active.num_writers, len(answers), self.stream.shape[2])
