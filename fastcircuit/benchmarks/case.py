@@ -49,7 +49,7 @@ class Variant:
     close: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """Variants of one computation on shared operands, timed in turns.
 

@@ -31,7 +31,7 @@ def cases(target: Target) -> Iterator[Case]:
             setup=functools.partial(Operands, shape, target.device),
             variants={"computed": computed, "from the cache": cached, "published": published},
             baseline="published",
-            ours=("computed", "from the cache"),
+            ours=("computed",),  # a look-up is so much faster that its ratio says nothing about a regression
         )
 
 
