@@ -205,7 +205,7 @@ def evaluate(
     _check_source(task, data)
     nodes = embedding_nodes or EmbeddingNodes(loaded.graph.embedding_nodes if loaded else "split")
     masked = _load_model(model, device, dtype, nodes)
-    kept = Circuit.load(circuit, masked.graph)
+    kept = loaded or Circuit.load(circuit, masked.graph)
     pairs = _load_task(model, masked, task, data, seed)
     metrics = measure(masked, kept, pairs, split)
     if as_json:
