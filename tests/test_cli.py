@@ -323,7 +323,10 @@ BAD_CALLS = {
     "task": ("discover {shelf}/gpt2 --task nothing", "no task 'nothing'; tasks: induction, pronoun"),
     "task that does not fit": ("discover {shelf}/gpt2 --task induction", "one token per letter"),
     "task and data": ("discover {shelf}/gpt2 --task pronoun --data {shelf}/pairs.jsonl", "--task NAME"),
-    "no task": ("discover {shelf}/gpt2", "--task NAME (induction, pronoun, pronoun-212) or --data PAIRS.jsonl"),
+    "no task": (
+        "discover {shelf}/gpt2",
+        "--task NAME (induction, pronoun, pronoun-212, tracr-reverse, tracr-xproportion) or --data PAIRS.jsonl",
+    ),
     "no data": ("discover {shelf}/gpt2 --data nothing.jsonl", "data file nothing.jsonl does not exist"),
     "method": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --method magic", "no method 'magic'"),
     "preset": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --preset magic", "no preset 'magic'; presets are ioi"),
