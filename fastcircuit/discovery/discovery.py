@@ -185,7 +185,7 @@ def _edges_wanted(
     model: MaskedCausalLM, settings: Settings, sparsity: float | None, edges: int | None, kl_budget: float | None
 ) -> int | None:
     if sum(given is not None for given in (sparsity, edges, kl_budget)) > 1:
-        raise InputError("give one of sparsity, edges and kl_budget, not both or all three")
+        raise InputError("give one of sparsity, edges and kl_budget, not both")
     if kl_budget is not None:
         if not 0 < kl_budget < float("inf"):
             raise InputError(f"kl_budget is {kl_budget}; it must be above 0, a number of nats")
