@@ -80,9 +80,9 @@ def test_task_names_its_splits_and_checks_the_vocabulary():
 
 
 def test_unknown_task_lists_the_known(letters):
-    with pytest.raises(InputError, match=re.escape("tasks: induction, pronoun, pronoun-212")):
+    with pytest.raises(InputError, match=re.escape("tasks: induction, pronoun, pronoun-212, tracr-reverse")):
         load_task("nosuch", letters)
-    assert names() == ["induction", "pronoun", "pronoun-212"]
+    assert names() == ["induction", "pronoun", "pronoun-212", "tracr-reverse", "tracr-xproportion"]
 
 
 @pytest.mark.parametrize("sizes", [{"dev": 3}, {"train": 0}, {"train": 2.5}])
