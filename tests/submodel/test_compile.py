@@ -11,7 +11,7 @@ from fastcircuit.submodel import passes
 from fastcircuit.submodel.assembly import assemble
 from fastcircuit.submodel.compile import compile_submodel
 from fastcircuit.submodel.kept import Kept
-from fastcircuit.submodel.lowering import lower
+from fastcircuit.submodel.lowering import SOURCES, lower
 from fastcircuit.submodel.parts import AttentionPart, ConstantPart
 from tests.models.tiny import TINY
 from tests.submodel.circuits import (
@@ -28,7 +28,10 @@ from tests.submodel.circuits import (
 )
 
 
-@pytest.fixture(params=[*TINY, *ZOO])
+LOWERED = [name for name, (_, config) in TINY.items() if config.model_type in SOURCES]
+
+
+@pytest.fixture(params=[*LOWERED, *ZOO])
 def model(request):
     return load(request.param)
 

@@ -84,7 +84,7 @@ def test_unknown_task_lists_the_known(letters):
         load_task("nosuch", letters)
     papers = {"ioi", "ioi-t1", "greater-than", "gendered-pronoun", "boolean-instruction", "boolean-few-shot"}
     papers |= {"acronyms", "docstring", "ioi-extraction", "greater-than-extraction"}
-    assert papers | {"induction", "pronoun", "pronoun-212"} <= set(names())
+    assert papers | {"induction", "pronoun", "pronoun-212", "tracr-reverse", "tracr-xproportion"} <= set(names())
 
 
 @pytest.mark.parametrize("sizes", [{"dev": 3}, {"train": 0}, {"train": 2.5}])
