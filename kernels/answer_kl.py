@@ -60,7 +60,7 @@ def add_blocks(p_partial, p_kl, p_stats, BLOCKS, N, ACC: tl.constexpr, BB: tl.co
     """kl[N], and stats[2, N]: ln sum exp(logit) and the sum of p."""
     o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     m_n = o_n < N
-    size = BLOCKS * N
+    size = tl.cast(BLOCKS, tl.int64) * N
     b_most = tl.full([BM], float("-inf"), dtype=ACC)
     b_sum = tl.zeros([BM], dtype=ACC)
     for block in range(0, BLOCKS, BB):

@@ -16,14 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from fastcircuit_kernels.dot import dot, narrow
-from fastcircuit_kernels.masked_read import masked_read
+from fastcircuit_kernels.masked_read import Tile, masked_read, stages
 
-# Readers (padded) and summed writers per step, columns, warps and pipeline stages, by what multiplies.
 TILES = {
-    "half": ((16, 32, 128, 4, 3), (64, 32, 128, 4, 3), (128, 32, 128, 8, 2)),
-    "single": ((16, 16, 128, 4, 3), (64, 16, 128, 8, 3)),
-    "double": ((16, 16, 32, 4, 1),),
-}
+    2: (Tile(16, 32, 128, 4, 3), Tile(64, 32, 64, 8, 3), Tile(128, 32, 64, 8, 2)),
+    4: (Tile(16, 16, 64, 4, 3), Tile(64, 16, 64, 8, 3)),
+    8: (Tile(16, 16, 32, 4, 1),),
+}  # by the size of a number in bytes; rows are readers, the summed axis is writers
 # Below this many programs a GPU is not full, and above this many bytes per program what it wrote has left L2.
 LEAST_PROGRAMS = 256
 MOST_BYTES = 128 * 1024
@@ -164,24 +163,23 @@ def normalise_backward(
         tl.store(p_out + p_rows + o_d[None, :], narrow(b_rstd[:, None] * b_g, p_out.dtype.element_ty), mask=m)
 
 
-def _launch(stream: torch.Tensor, readers: int, precision: str) -> tuple[tuple[int], bool, dict]:
+def _launch(stream: torch.Tensor, readers: int, live: torch.Tensor | None, precision: str) -> tuple[tuple, bool, dict]:
     """The grid, whether the read is worth fusing, and the options of a launch."""
     _, tokens, width = stream.shape
-    kind = {2: "half", 4: "single", 8: "double"}[stream.element_size()]
-    tiles = TILES[kind]
-    tile = min(tiles, key=lambda tile: (triton.cdiv(readers, tile[0]), tile[0]))
-    rows, inner, columns, num_warps, num_stages = tile
-    programs = triton.cdiv(readers, rows) * tokens
-    fused = programs >= LEAST_PROGRAMS and min(readers, rows) * width * stream.element_size() <= MOST_BYTES
+    size = stream.element_size()
+    tile = min(TILES[size], key=lambda tile: (triton.cdiv(readers, tile.rows), tile.rows))
+    programs = triton.cdiv(readers, tile.rows) * tokens
+    fused = programs >= LEAST_PROGRAMS and min(readers, tile.rows) * width * size <= MOST_BYTES
     options = {
-        "PRECISION": precision if kind == "single" else "ieee",
+        "LIVE": live is not None,
+        "PRECISION": precision if stream.dtype == torch.float32 else "ieee",
         "PIECES": 2,
-        "ACC": tl.float64 if kind == "double" else tl.float32,
-        "BM": rows,
-        "BK": inner,
-        "BN": columns,
-        "num_warps": num_warps,
-        "num_stages": min(num_stages, 2) if torch.version.hip else num_stages,
+        "ACC": tl.float64 if stream.dtype == torch.float64 else tl.float32,
+        "BM": tile.rows,
+        "BK": tile.inner,
+        "BN": tile.columns,
+        "num_warps": tile.num_warps,
+        "num_stages": stages(tile, live is not None),
     }
     return (programs,), fused, options
 
@@ -200,7 +198,7 @@ def read_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised reads and their statistics; rows, base, weight and bias contiguous. ``fused`` None: if it pays."""
     readers, (writers, tokens, width) = len(mask), stream.shape
-    grid, pays, options = _launch(stream, readers, precision)
+    grid, pays, options = _launch(stream, readers, live, precision)
     fused = pays if fused is None else fused
     stats = stream.new_empty(
         2, readers, tokens, dtype=torch.float64 if stream.dtype == torch.float64 else torch.float32
@@ -211,7 +209,7 @@ def read_norm(
             stream, mask, base, weight, bias, out, stats, live, readers, writers, tokens, width,
             stream.stride(0), *mask.stride(),
             EPS=eps, CENTERED=centered, FUSED=fused, HAS_BASE=base is not None, HAS_BIAS=bias is not None,
-            LIVE=live is not None, **options,
+            **options,
         )  # fmt: skip
     return out, stats
 
@@ -230,13 +228,13 @@ def read_norm_grad(
 ) -> torch.Tensor:
     """The gradient of the reads, made again from the stream; everything contiguous as in :func:`read_norm`."""
     readers, (writers, tokens, width) = len(mask), stream.shape
-    grid, pays, options = _launch(stream, readers, precision)
+    grid, pays, options = _launch(stream, readers, live, precision)
     fused = pays if fused is None else fused
     out = torch.empty_like(grad) if fused else masked_read(stream, mask, base, live, precision)
     if stats.numel():
         normalise_backward[grid](
             stream, mask, base, weight, grad, stats, out, live, readers, writers, tokens, width,
             stream.stride(0), *mask.stride(),
-            CENTERED=centered, FUSED=fused, HAS_BASE=base is not None, LIVE=live is not None, **options,
+            CENTERED=centered, FUSED=fused, HAS_BASE=base is not None, **options,
         )  # fmt: skip
     return out

@@ -13,7 +13,17 @@ from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
-from fastcircuit.ops import masked_read, masked_read_backward_
+from fastcircuit.ops import (
+    answer_kl,
+    hard_concrete,
+    live_writers,
+    masked_read,
+    masked_read_backward_,
+    read_norm,
+    read_norm_grad,
+    reference,
+)
+from fastcircuit.ops import triton as triton_launcher
 from tests.discovery.test_edge_pruning import make_task
 from tests.models.test_masked import pair
 from tests.models.tiny import tiny_model
@@ -46,6 +56,133 @@ def test_masked_read_equals_float64_on_the_cpu(shape, backend):
     ):
         error = (found.double().cpu() - expected).norm() / expected.norm().clamp(min=1e-30)
         assert error < 1e-3  # float32 lands under 1e-5; TF32 products, where allowed, near 3e-4
+
+
+PRECISIONS = {
+    "ieee": torch.float32,
+    "tf32x3": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Relative to the norm: a few rounding steps of what is multiplied or of the result.
+ERROR = {"ieee": 1e-6, "tf32x3": 2e-6, "tf32": 2e-3, "bfloat16": 8e-3, "float16": 1e-3, "float64": 1e-13}
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request):
+    if request.param in triton_launcher.FLOAT32_PRECISIONS:
+        triton_launcher.force_float32_precision(request.param)
+    yield request.param
+    triton_launcher.force_float32_precision(None)
+
+
+def _assert_near(found, expected, precision):
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert error < ERROR[precision]
+
+
+def _drawn(dtype, *sizes):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [torch.randn(size, generator=generator, device="cuda", dtype=torch.float64).to(dtype) for size in sizes]
+
+
+@pytest.mark.parametrize("readers", [1, 24, 37, 121, 200])
+@pytest.mark.parametrize("skipping", [False, True])
+def test_triton_reads_and_their_gradients(precision, readers, skipping):
+    dtype = PRECISIONS[precision]
+    stream, grad, base, start = _drawn(dtype, (79, 33, 72), (readers, 33, 72), (33, 72), (79, 33, 72))
+    mask = _drawn(torch.float64 if dtype == torch.float64 else torch.float32, (readers, 79))[0].clamp(0, 1)
+    mask[:, ::3] = 0
+    live = live_writers(mask, backend="triton") if skipping else None
+    wide = [t.double() for t in (stream, mask, base, grad)]
+    reads = masked_read(stream, mask, base, live=live, backend="triton")
+    _assert_near(reads, reference.masked_read(*wide[:3]), precision)
+    buffer, exact = start.clone(), start.double()
+    grad_mask = masked_read_backward_(grad, stream, mask, buffer, live=live, backend="triton")
+    expected = reference.masked_read_backward_(wide[3], *wide[:2], exact, True, live)
+    _assert_near(buffer, exact, precision)
+    _assert_near(grad_mask, expected, precision)
+    assert torch.equal(reads, masked_read(stream, mask, base, live=live, backend="triton"))
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("centered", [True, False])
+def test_triton_norm_of_reads(precision, tokens, centered):
+    dtype = PRECISIONS[precision]
+    stream, grad, base, weight, bias = _drawn(dtype, (19, tokens, 200), (37, tokens, 200), (tokens, 200), 200, 200)
+    mask = _drawn(torch.float64 if dtype == torch.float64 else torch.float32, (37, 19))[0].clamp(0, 1)
+    operands = (stream, mask, base, weight)
+    bias = bias if centered else None
+    y, stats = read_norm(*operands, bias, 1e-5, centered=centered, backend="triton")
+    wide = [None if t is None else t.double() for t in (*operands, bias)]
+    exact_y, exact_stats = reference.read_norm(*wide, 1e-5, centered)
+    _assert_near(y, exact_y, precision)
+    grad_reads = read_norm_grad(grad, stats, *operands, centered=centered, backend="triton")
+    _assert_near(grad_reads, reference.read_norm_grad(grad.double(), exact_stats, *wide[:4], centered), precision)
+
+
+def test_triton_answers(precision):
+    dtype = PRECISIONS[precision]
+    hidden, weight, log_probs, grad = _drawn(dtype, (35, 96), (1000, 96), (35, 1000), 35)
+    log_probs = log_probs.to(torch.float64 if dtype == torch.float64 else torch.float32).log_softmax(-1)
+    kl = answer_kl(hidden.requires_grad_(), weight, log_probs, backend="triton")
+    (ours,) = torch.autograd.grad(kl, hidden, grad.to(kl.dtype))
+    wide = hidden.detach().double().requires_grad_()
+    exact = reference.answer_kl(wide, weight.double(), log_probs.double())[0]
+    _assert_near(kl, exact, precision)
+    _assert_near(ours, torch.autograd.grad(exact, wide, grad.double())[0], precision)
+
+
+def test_triton_samples_are_the_references():
+    log_alpha, seed = torch.linspace(-5, 5, 40_001, device="cuda"), torch.tensor([2**40 + 5, 3], device="cuda")
+    numbers = {"temperature": 2 / 3, "stretch": (-0.1, 1.1), "epsilon": 1e-6}
+    ours, expected = (hard_concrete(log_alpha, seed, **numbers, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_a_captured_step_draws_anew_and_skips_without_the_host():
+    """Sampling, listing and reading in one CUDA graph: counts stay on the device, and each replay has its own."""
+    stream = torch.randn(40, 16, 64, device="cuda")
+    seed, log_alpha = torch.tensor([7, 0], device="cuda"), torch.full((5 * 40,), -3.0, device="cuda")
+    numbers = {"temperature": 2 / 3, "stretch": (-0.1, 1.1), "epsilon": 1e-6}
+
+    def step():
+        mask = hard_concrete(log_alpha, seed, **numbers, backend="triton")[0].view(5, 40)
+        live = live_writers(mask, backend="triton")
+        seed[1] += 1
+        return mask, live, masked_read(stream, mask, live=live, backend="triton")
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask, live, reads = step()
+    counts = set()
+    for _ in range(5):
+        graph.replay()
+        torch.testing.assert_close(reads, torch.einsum("rw,wtd->rtd", mask, stream), atol=1e-4, rtol=1e-4)
+        assert live[1] == (mask != 0).any(0).sum()
+        counts.add(tuple(mask.flatten().tolist()))
+    assert len(counts) == 5
+
+
+def test_streams_of_more_than_2_to_the_31_numbers():
+    """The last writers lie beyond 32-bit offsets; only they are read, and only their gradient is not 0."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free device memory")
+    stream = torch.zeros(2200, 1000, 1024, device="cuda", dtype=torch.bfloat16)
+    mask = torch.zeros(3, 2200, device="cuda")
+    stream[-2:], mask[:, -2:] = 1.5, 0.5
+    for live in (None, live_writers(mask, backend="triton")):
+        assert masked_read(stream, mask, live=live, backend="triton").eq(1.5).all()
+        grad = torch.ones(3, 1000, 1024, device="cuda", dtype=torch.bfloat16)
+        buffer = torch.zeros_like(stream)
+        grad_mask = masked_read_backward_(grad, stream, mask, buffer, live=live, backend="triton")
+        assert buffer[-2:].eq(1.5).all()
+        assert buffer[0].eq(0).all()
+        torch.testing.assert_close(grad_mask[:, -2:], torch.full((3, 2), 1.5 * 1000 * 1024, device="cuda"))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim", "mistral-window"])

@@ -1,6 +1,7 @@
 """What every op is tested under: each backend and instruction set, with fresh memory poisoned."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,9 +20,16 @@ if importlib.util.find_spec("fastcircuit_kernels") is None:
     sys.modules["fastcircuit_kernels"] = package
 
 
+def usable_backends() -> list[str]:
+    """Those that run on the CPU: Triton's kernels do in its interpreter (on a GPU, tests/test_gpu.py runs them)."""
+    usable = [name for name, why in available_backends().items() if why is None]
+    return usable if os.environ.get("TRITON_INTERPRET") == "1" else [name for name in usable if name != "triton"]
+
+
 def _variants() -> list[tuple[str, str | None]]:
-    usable = [name for name, why in available_backends().items() if why is None and name != "cpu"]
-    return [(name, None) for name in usable] + [("cpu", isa) for isa in cpu_launcher.runnable_isas()]
+    return [(name, None) for name in usable_backends() if name != "cpu"] + [
+        ("cpu", isa) for isa in cpu_launcher.runnable_isas()
+    ]
 
 
 @pytest.fixture(params=_variants(), ids=lambda v: f"{v[0]}-{v[1]}" if v[1] else v[0])
