@@ -99,7 +99,8 @@ def roc_panels(sweep: Sweep, truth: Truth) -> list[Panel]:
     for kind, label in (("edges", "edges"), ("nodes", "heads and MLPs")):
         if kind == "edges" and truth.edges is None:
             continue
-        lines = [_roc_line(sweep, method, truth, kind) for method in sweep.plan.methods if method != EXTRACTION]
+        methods = dict.fromkeys(job.method for job in sweep.finished if job.method != EXTRACTION)
+        lines = [_roc_line(sweep, method, truth, kind) for method in methods]
         panels.append(Panel("false positive rate", "true positive rate", lines, title=label, diagonal=True))
     return panels
 
@@ -111,7 +112,7 @@ def _roc_line(sweep: Sweep, method: str, truth: Truth, kind: str) -> Line:
         curve = truth_roc(scores.ranking(), scores.node_ranking(), truth)[kind]
         assert curve is not None
         return Line(method, curve.false_positive_rate, curve.true_positive_rate, style=style)
-    jobs = [job for job in sweep.jobs if (job.method, job.seed) == (method, seed)]
+    jobs = [job for job in sweep.finished if (job.method, job.seed) == (method, seed)]
     found = (compare_with_truth(Circuit.load(sweep.path(job)), truth)[kind] for job in jobs)
     points = sorted((rate["fpr"], rate["tpr"]) for rate in found)
     return Line(method, [x for x, _ in points], [y for _, y in points], style=style, dashed=True)

@@ -59,6 +59,11 @@ class Sweep:
             if on_run is not None:
                 on_run(job.name, done, len(self.jobs))
 
+    @property
+    def finished(self) -> list[Job]:
+        """The runs that have a file."""
+        return [job for job in self.jobs if self.path(job).exists()]
+
     def path(self, job: Job) -> Path:
         """The file of a finished run."""
         return self.directory / "runs" / f"{job.name}.json"

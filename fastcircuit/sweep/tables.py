@@ -22,7 +22,7 @@ def circuit_rows(sweep: Sweep, truth: Truth | None = None) -> list[dict[str, Any
     With a known circuit also ``edges_tpr``, ``edges_fpr``, ``nodes_tpr``, ``nodes_fpr``.
     """
     rows = []
-    for job in sweep.jobs:
+    for job in sweep.finished:
         if job.method == EXTRACTION:
             continue
         circuit = Circuit.load(sweep.path(job), sweep.model.graph)
@@ -50,7 +50,7 @@ def extraction_rows(sweep: Sweep, truth: Truth | None = None) -> list[dict[str, 
 
     With a known circuit also ``tpr`` and ``fpr`` of its heads.
     """
-    paths = [sweep.path(job) for job in sweep.jobs if job.method == EXTRACTION]
+    paths = [sweep.path(job) for job in sweep.finished if job.method == EXTRACTION]
     rows = [row for path in paths for row in read_json(path, "run")["rows"]]
     if truth is None:
         return rows
