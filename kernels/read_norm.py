@@ -1,15 +1,17 @@
 """Triton kernels of read_norm: a masked read that leaves normalised, and what its backward passes on to the read's.
 
 A program owns one token of up to 128 readers. It walks the token's columns twice: first it makes the reads, writes them
-unnormalised where the result will be, and gathers their statistics; then it normalises what it wrote, which is still in
-L2. So W rows of the stream are read and R rows of results written, where a read and a norm one after the other also
-write and read the R rows in between. Backward makes the reads again in the same way.
+unnormalised where the result will be, and gathers their statistics; then it normalises what it wrote, which should
+still be in L2. So W rows of the stream are read and R rows of results written, where a read and a norm one after the
+other also write and read the R rows in between. Backward makes the reads again in the same way. Where a token's rows
+are too large for that, or tokens too few to fill a GPU, the read and the norm are launches of their own. When which is
+faster is reckoned by bytes and unmeasured.
 
 Fused with a projection per head as well, the reads would not leave the chip at all; but a program then needs either all
 readers of a token, and reads every head's weights for few tokens, or many tokens of a reader, and reads the stream once
 per reader. For GPT-2 small (157 writers, 36 readers, 64 of 768 numbers out per reader) the four readers of 16 tokens
 that fit on a multiprocessor would take the stream from L2 nine times: 1413 rows of L2 traffic to save 72 of 232 rows of
-memory traffic. L2 is not ten times as fast as memory, so there is no such kernel.
+memory traffic. L2 is not nearly twenty times as fast as memory, so there is no such kernel.
 """
 
 import torch

@@ -27,7 +27,6 @@ from tests.submodel.circuits import (
     token_ids,
 )
 
-
 LOWERED = [name for name, (_, config) in TINY.items() if config.model_type in SOURCES]
 
 
