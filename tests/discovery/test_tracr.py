@@ -170,7 +170,7 @@ def test_the_published_losses():
         else:
             full, circuit = (model.model.lm_head(s)[:, :3].view(5, 4, 3)[:, 1:].log_softmax(2) for s in streams)
         expected = (full.exp() * (full - circuit)).sum() / 5
-        torch.testing.assert_close(run.divergence(masks, batch), expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(run.stepper.divergence(masks, batch), expected, rtol=1e-3, atol=1e-6)
 
 
 BAD_BUDGETS = {
