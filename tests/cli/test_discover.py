@@ -41,7 +41,7 @@ def test_discover_prints_a_table(shelf, run):
     code, out, _ = run("discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--out", "run")
     assert code == 0
     assert "40 of " in out
-    assert "logit difference" in out
+    assert "on 3 prompts" in out
     assert "wrote run/circuit.json, run/masks.safetensors" in out
 
 
