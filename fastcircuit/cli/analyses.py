@@ -81,7 +81,7 @@ class Analyses:
             resamples=self.resamples,
             confidence=self.confidence,
             seed=self.seed,
-            on_circuit=lambda done: watcher.on_progress("curve", done, len(sizes)),
+            on_circuit=lambda done: watcher.on_progress("curve", done, len(sizes) - 1),
         ).to_dict()
 
     def _edges(self, model: Any, circuit: Any, task: Any, split: str, watcher: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def faithfulness_curve(
     Args:
         metric: one that the full model has too; None: the task's (see ``registry.performance_metric``).
         resamples: bootstrap resamples of the examples, for intervals of the areas; 0: none.
-        on_circuit: called with the circuits measured so far.
+        on_circuit: called with the circuits measured so far, the full model not counted.
 
     Raises:
         InputError: a circuit of another model, circuits of several ablations, a metric that the task has not got, or
@@ -86,18 +86,15 @@ def faithfulness_curve(
     reference = task_reference(model, family[0].ablation, task, split)
     name = _checked_metric(metric, Question.of(reference, task))
     empty = Circuit(model.graph, np.zeros(model.graph.num_edges, dtype=bool), ablation=family[0].ablation)
+    nothing, whole = (_examples(reference, circuit, name, task) for circuit in (empty, family[-1]))
+    _check_apart(float(np.nanmean(nothing)), float(np.nanmean(whole)), name, split)
     values = []
-    for done, circuit in enumerate([empty, *family]):
+    for circuit in family[:-1]:
         values.append(_examples(reference, circuit, name, task))
         if on_circuit is not None:
-            on_circuit(done)
-    table = np.stack(values)  # [circuits, examples]: nothing, ..., the full model
+            on_circuit(len(values))
+    table = np.stack([nothing, *values, whole])  # [circuits, examples]
     means = np.nanmean(table, axis=1)
-    if not np.isfinite(means).all() or means[-1] == means[0]:
-        raise InputError(
-            f"{name} is {means[-1]:g} for the model and {means[0]:g} without edges on the {split} split; "
-            "faithfulness needs them to differ, choose another metric"
-        )
     fractions = np.array([circuit.num_edges for circuit in family]) / model.graph.num_edges
     recovered = _recovered(means)
     points = [
@@ -135,6 +132,14 @@ def _checked_metric(name: str | None, question: Question) -> str:
         own = [other.name for other in choose(None, question) if other.of_model]
         raise InputError(f"{name} compares a circuit with the model, which has none to recover; use {', '.join(own)}")
     return name
+
+
+def _check_apart(nothing: float, whole: float, name: str, split: str) -> None:
+    if nothing == whole:
+        raise InputError(
+            f"{name} is {whole:g} on the {split} split for model and empty circuit alike; faithfulness needs them to "
+            "differ, give the task distractors"
+        )
 
 
 def _examples(reference: Reference, circuit: Circuit, name: str, task: Task) -> np.ndarray:

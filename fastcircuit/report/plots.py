@@ -103,15 +103,30 @@ def _draw(axis: Any, panel: Panel) -> dict[str, Any]:
     if panel.level is not None:
         name, value = panel.level
         handles[name] = axis.axhline(value, color="#555555", linestyle=":", linewidth=1.2)
-    for scale, is_log in ((axis.set_xscale, panel.log_x), (axis.set_yscale, panel.log_y)):
-        if is_log:
-            scale("log")
+    if panel.log_x:
+        axis.set_xscale("log")
+        _plain_numbers(axis.xaxis)
+    if panel.log_y:
+        axis.set_yscale("log")
+        _plain_numbers(axis.yaxis)
     axis.set_xlabel(panel.x_label, fontsize=9.5)
     axis.set_ylabel(panel.y_label, fontsize=9.5)
     axis.set_title(panel.title, fontsize=10)
-    axis.tick_params(labelsize=8.5)
+    axis.tick_params(labelsize=8.5, which="both")
     axis.grid(alpha=0.25, linewidth=0.6)
     return handles
+
+
+def _plain_numbers(axis: Any) -> None:
+    """0.3 instead of 3 x 10^-1 on a log scale."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
 
 
 def _draw_diagonal(axis: Any) -> None:

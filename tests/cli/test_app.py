@@ -14,12 +14,6 @@ def test_without_arguments_there_is_help(run):
     assert all(command in out for command in ("info", "discover", "evaluate", "compare", "draw", "demo"))
 
 
-def test_bench_without_a_suite_is_help(run):
-    code, out, err = run("bench")
-    assert (code, err) == (0, "")
-    assert "submodel" in out
-
-
 BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "option": ("info --frobnicate", "No such option: --frobnicate"),

@@ -17,10 +17,10 @@ BAD_CALLS = {
     "weights to no model": ("discover a.safetensors --task pronoun", "no such model directory: a.safetensors"),
     "file as model": ("discover {shelf}/pairs.jsonl --task pronoun", "is a file; name the directory"),
     "directory as model": ("discover {shelf} --task pronoun", "is no model directory: there is no config.json in it"),
-    "task": ("discover {shelf}/gpt2 --task nothing", "no task 'nothing'; tasks: induction, pronoun"),
+    "task": ("discover {shelf}/gpt2 --task nothing", "no task 'nothing'; tasks: acronyms, boolean-few-shot, "),
     "task that does not fit": ("discover {shelf}/gpt2 --task induction", "one token per letter"),
     "task and data": ("discover {shelf}/gpt2 --task pronoun --data {shelf}/pairs.jsonl", "--task NAME"),
-    "no task": ("discover {shelf}/gpt2", "--task NAME (induction, pronoun, pronoun-212) or --data PAIRS.jsonl"),
+    "no task": ("discover {shelf}/gpt2", "pronoun-212, tracr-reverse, tracr-xproportion) or --data PAIRS.jsonl"),
     "no data": ("discover {shelf}/gpt2 --data nothing.jsonl", "data file nothing.jsonl does not exist"),
 }
 
