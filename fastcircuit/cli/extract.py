@@ -32,12 +32,14 @@ def extract(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Remove a component if the KL rises by less than this many nats. Default 0.01.", show_default=False
+            help="Remove a component if the KL rises by less than this many nats. Default 0.01, or what --size-budget "
+            "needs.",
+            show_default=False,
         ),
     ] = None,
     kl_budget: Annotated[float | None, typer.Option(help="Largest total KL, in nats.")] = None,
     size_budget: Annotated[
-        float | None, typer.Option(help="Stop when this fraction of the parameters (without embeddings) is left.")
+        float | None, typer.Option(help="Keep at most this fraction of the parameters (without embeddings).")
     ] = None,
     no_mlps: Annotated[bool, typer.Option("--no-mlps", help="Remove heads only.")] = False,
     circuit: Annotated[

@@ -110,7 +110,7 @@ def run_extraction(
     """Choose the components, compile them to a submodel, and measure it on the test split.
 
     Args:
-        threshold: in nats; None: 0.01.
+        threshold: in nats; None: 0.01, or what a ``size_budget`` needs.
         circuit: keep what this edge circuit keeps, instead of choosing by Algorithm 1; then nothing that says how to
             choose may be given.
         answers_only: logits of the task's answer tokens at the last position only; such a model cannot ``generate``.
@@ -125,7 +125,7 @@ def run_extraction(
     model = model if isinstance(model, MaskedCausalLM) else MaskedCausalLM(model)
     check_lowers(model.config)
     chosen: dict[str, Any] = {
-        "threshold": THRESHOLD if threshold is None else threshold,
+        "threshold": threshold,
         "kl_budget": kl_budget,
         "size_budget": size_budget,
         "include_mlps": include_mlps,
@@ -137,6 +137,7 @@ def run_extraction(
         )
         kept, constants, metrics = found.kept, found.constants, found.metrics
         validation_kl, near_ties = found.kl, len(found.near_ties)
+        chosen["threshold"] = found.threshold
     else:
         check_circuit_fits(model, circuit)
         kept, chosen = kept_by(circuit), {"edge_circuit": f"{circuit.num_edges} edges"}

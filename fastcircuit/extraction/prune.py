@@ -26,6 +26,8 @@ SCALE_EXAMPLES = 32
 THRESHOLD = 0.01
 # The paper's: 30 from 1e-5 to 1, evenly spaced on a log scale.
 THRESHOLDS = tuple(np.logspace(-5, 0, 30).tolist())
+# Tried for a size budget; the last one removes whatever comes next, so that every size is reached.
+SIZE_THRESHOLDS = (*np.logspace(-3, 0, 10).tolist(), 1e6)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ class Sweep:
         within = [point for point in full if point.size <= (size_budget or 0)]
         if not within:
             least = min((point.size for point in full), default=float("nan"))
-            raise InputError(f"no threshold reaches a size of {size_budget}; the least is {least:.3f}, try larger ones")
+            raise InputError(
+                f"no threshold tried reaches a size of {size_budget} with anything left; the least is {least:.3f}, give a "
+                "larger size_budget, or no kl_budget"
+            )
         return min(within, key=lambda point: (point.kl, point.size))
 
 
@@ -93,7 +98,7 @@ def prune(
     task: Task,
     *,
     ablation: str = "mean",
-    threshold: float = THRESHOLD,
+    threshold: float | None = None,
     mode: str = "fast",
     head_order: str = "code",
     include_mlps: bool = True,
@@ -113,12 +118,13 @@ def prune(
 
     Args:
         ablation: ``mean``, ``mean-positional`` or ``zero`` (see ``ablation_constants``).
-        threshold: in nats.
+        threshold: in nats; None: 0.01, or with a ``size_budget`` the one of several whose result has the least KL.
         mode: ``fast``, or ``reference`` (one full forward pass per candidate); both decide alike.
         head_order: ``code`` (heads ascending, as the paper's code) or ``paper`` (descending, as its pseudocode).
         include_mlps: whether MLPs are candidates too.
         kl_budget: a candidate is also refused if the total KL would not stay below this.
-        size_budget: stop once this fraction of the parameters remains or less (see ``Sizes`` for what is counted).
+        size_budget: stop once this fraction of the parameters remains or less (see ``Sizes`` for what is counted); it
+            is an error if more remains in the end.
         output_bias: under zero ablation, ``split`` or ``kept``.
         most_examples: prompts in each half of the train split, at most.
         seed: decides the halves and the bootstrap.
@@ -130,7 +136,7 @@ def prune(
     swept = sweep(
         model,
         task,
-        [threshold],
+        _thresholds_to_try(threshold, size_budget),
         ablation=ablation,
         mode=mode,
         head_order=head_order,
@@ -142,14 +148,30 @@ def prune(
         seed=seed,
         on_candidate=on_candidate,
     )
-    pruning = swept.points[0]
+    if len(swept.points) > 1:
+        return swept.select(size_budget=size_budget)
+    _check_reached(swept.points[0], size_budget)
+    return swept.points[0]
+
+
+def _thresholds_to_try(threshold: float | None, size_budget: float | None) -> Sequence[float]:
+    if threshold is None and size_budget is not None:
+        return SIZE_THRESHOLDS
+    return [THRESHOLD if threshold is None else threshold]
+
+
+def _check_reached(pruning: Pruning, size_budget: float | None) -> None:
     if pruning.is_empty:
         largest = max(candidate.change for candidate in pruning.history)
         raise InputError(
-            f"threshold {threshold:g} prunes every head and MLP; no removal costs more than {largest:.3g} nats, "
+            f"threshold {pruning.threshold:g} prunes every head and MLP; no removal costs more than {largest:.3g} nats, "
             "give a smaller threshold or a kl_budget"
         )
-    return pruning
+    if size_budget is not None and pruning.size > size_budget:
+        raise InputError(
+            f"threshold {pruning.threshold:g} ends at a size of {pruning.size:.3f}, above the size_budget of "
+            f"{size_budget:g}; give a larger threshold, or none to have it chosen"
+        )
 
 
 def sweep(

@@ -17,13 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.models.masked import first_line
 
 BATCHES = (1, 8, 32)
 DECODED = 8  # tokens decoded per round
+LEAST_SECONDS = 0.3  # a row is measured for as long at least: clocks of shared machines change for tenths of a second
 NOISE = 0.1  # what a measured ratio may lie above its bound before it is called an error
 
 Call = Callable[[], object]
@@ -94,7 +95,8 @@ def measure_speed(
     Args:
         original, submodel: Hugging Face decoders on the same device, with the same vocabulary.
         tokens: length of the prompts; where one of the models takes fewer, as many as both take.
-        compiled: time ``torch.compile`` of both prefills too.
+        rounds: at least; more of them until a row has been measured for ``LEAST_SECONDS``.
+        compiled: time ``torch.compile`` of both too, which decodes with a static cache.
         on_row: called with the rows measured so far and how many there are.
 
     Raises:
@@ -108,7 +110,7 @@ def measure_speed(
     if tokens > DECODED and getattr(submodel.config, "answer_tokens", None) is None:
         phases["decode"] = _decode
     if compiled:
-        phases["prefill, compiled"] = _compiled_prefill
+        phases |= {f"{name}, compiled": _COMPILED[make] for name, make in phases.items()}
     rows: list[SpeedRow] = []
     for batch in batches:
         generator = torch.Generator().manual_seed(batch)
@@ -185,32 +187,48 @@ def _compiled_prefill(model: Any, ids: Tensor) -> Ready:
 
 def _decode(model: Any, ids: Tensor) -> Ready:
     """DECODED single tokens after a prompt that is in the cache already; every call has a copy of that cache."""
-    prompt = DynamicCache(config=model.config)
+    return _decoding(model, ids, DynamicCache(config=model.config), model)
+
+
+def _compiled_decode(model: Any, ids: Tensor) -> Ready:
+    torch.compiler.reset()
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    return _decoding(model, ids, cache, torch.compile(model.__call__, dynamic=False))
+
+
+def _decoding(model: Any, ids: Tensor, prompt: Cache, call: Callable[..., object]) -> Ready:
     with torch.no_grad():
         model(input_ids=ids[:, :-DECODED], past_key_values=prompt, use_cache=True, logits_to_keep=1)
     steps = ids[:, -DECODED:].split(1, dim=1)
 
-    def run(cache: DynamicCache) -> None:
+    def run(cache: Cache) -> None:
         for step in steps:
-            model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            call(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     return lambda: functools.partial(run, copy.deepcopy(prompt))
 
 
+_COMPILED = {_prefill: _compiled_prefill, _decode: _compiled_decode}
+
+
 def _interleaved(calls: list[Ready], rounds: int) -> list[list[float]]:
     """Seconds per call, the calls taking turns."""
+    for ready in (*calls, *calls):
+        _seconds(ready())
     times: list[list[float]] = [[] for _ in calls]
     with _without_collection():
-        for number in range(rounds + 2):
+        while len(times[0]) < rounds or sum(map(sum, times)) < LEAST_SECONDS:
             for seconds, ready in zip(times, calls, strict=True):
-                call = ready()
-                _synchronize()
-                start = time.perf_counter()
-                call()
-                _synchronize()
-                if number >= 2:
-                    seconds.append(time.perf_counter() - start)
+                seconds.append(_seconds(ready()))
     return times
+
+
+def _seconds(call: Call) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
 
 
 def work_of(ready: Ready) -> Work:

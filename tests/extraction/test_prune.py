@@ -57,6 +57,18 @@ def test_kl_budget_caps_the_kl(model, task):
     assert capped.size > free.size
 
 
+@pytest.mark.parametrize("size", [0.9, 0.5, 0.3])
+def test_a_size_budget_alone_is_kept(model, task, size):
+    chosen = prune(model, task, size_budget=size)
+    assert chosen.size <= size
+    assert chosen.kl <= prune(model, task, threshold=1e6, size_budget=size).kl
+
+
+def test_a_size_budget_out_of_reach_is_said(model, task):
+    with pytest.raises(InputError, match=r"threshold 1e-09 ends at a size of .*, above the size_budget of 0\.5; give"):
+        prune(model, task, threshold=1e-9, size_budget=0.5)
+
+
 def test_size_budget_stops(model, task):
     free = prune(model, task, threshold=0.3)
     stopped = prune(model, task, threshold=0.3, size_budget=0.8)
@@ -82,7 +94,7 @@ def test_select(model, task):
     assert swept.select(size_budget=0.999).size <= 0.999
     with pytest.raises(InputError, match="one of them"):
         swept.select()
-    with pytest.raises(InputError, match=r"no threshold reaches a size of 0\.0001; the least is"):
+    with pytest.raises(InputError, match=r"no threshold tried reaches a size of 0\.0001 with anything left"):
         swept.select(size_budget=0.0001)
     with pytest.raises(InputError, match="no threshold reaches a KL of -1; the least is"):
         swept.select(kl_budget=-1)

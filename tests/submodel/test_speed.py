@@ -63,11 +63,11 @@ def test_compiled_rows_are_of_compiled_models():
         rows = speed.measure_speed(
             *models, tokens=16, batches=(1, 2), rounds=2, compiled=True, on_row=lambda *at: done.append(at)
         )
-    phases = ("prefill", "decode", "prefill, compiled")
+    phases = ("prefill", "decode", "prefill, compiled", "decode, compiled")
     assert phases_of(rows) == [(phase, batch, 16) for batch in (1, 2) for phase in phases]
-    assert done == [(row + 1, 6) for row in range(6)]
-    probe, per_model = 1, 2
-    assert counters["stats"]["unique_graphs"] == probe + 2 * per_model
+    assert done == [(row + 1, 8) for row in range(8)]
+    probe, calls = 1, 2 * 2 * 2  # batches, models, phases
+    assert counters["stats"]["unique_graphs"] == probe + calls
     assert rows[0].bound == rows[2].bound
 
 
