@@ -87,8 +87,8 @@ class Sweep:
         if not within:
             least = min((point.size for point in full), default=float("nan"))
             raise InputError(
-                f"no threshold tried reaches a size of {size_budget} with anything left; the least is {least:.3f}, give a "
-                "larger size_budget, or no kl_budget"
+                f"no threshold tried reaches a size of {size_budget} with anything left; the least is {least:.3f}, "
+                "give a larger size_budget, or no kl_budget"
             )
         return min(within, key=lambda point: (point.kl, point.size))
 
@@ -164,8 +164,8 @@ def _check_reached(pruning: Pruning, size_budget: float | None) -> None:
     if pruning.is_empty:
         largest = max(candidate.change for candidate in pruning.history)
         raise InputError(
-            f"threshold {pruning.threshold:g} prunes every head and MLP; no removal costs more than {largest:.3g} nats, "
-            "give a smaller threshold or a kl_budget"
+            f"threshold {pruning.threshold:g} prunes every head and MLP; no removal costs more than {largest:.3g} "
+            "nats, give a smaller threshold or a kl_budget"
         )
     if size_budget is not None and pruning.size > size_budget:
         raise InputError(
