@@ -1,4 +1,7 @@
-"""Submodels of a random GPT-2 beside the Hugging Face model: eager, sdpa and compiled, logits of the last position."""
+"""Submodels of a random GPT-2 beside the Hugging Face model: eager, sdpa and compiled, logits of the last position.
+
+Prefill is one pass over the prompt; decoding is ``DECODED`` passes over one token each, with the others in the cache.
+"""
 
 import copy
 import functools
@@ -8,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from fastcircuit.benchmarks.case import Case, Target, Variant
 from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import GPT2_SMALL, Shape, random_ids, random_model
 from fastcircuit.submodel.compile import compile_submodel
 from fastcircuit.submodel.kept import Constants, Kept
-from fastcircuit.submodel.speed import work_of
+from fastcircuit.submodel.speed import DECODED, work_of
 
 TOKENS = 16
 CIRCUITS = {"2 heads, 12 MLPs": (2, 12), "9 heads, 5 MLPs": (9, 5), "2 heads, 3 MLPs": (2, 3)}
@@ -27,26 +31,29 @@ def cases(target: Target) -> Iterator[Case]:
     chosen.append(("2 heads, 3 MLPs", ANSWERS))
     for circuit, answers in chosen[2:] if target.quick else chosen:
         for batch in batches:
-            yield _case(circuit, answers, Shape(batch=batch, tokens=TOKENS), target)
+            shape = Shape(batch=batch, tokens=TOKENS)
+            yield _case("prefill", circuit, answers, shape, target)
+            if answers is None:
+                yield _case("decode", circuit, None, shape, target)
 
 
-def _case(circuit: str, answers: tuple[int, ...] | None, shape: Shape, target: Target) -> Case:
+def _case(phase: str, circuit: str, answers: tuple[int, ...] | None, shape: Shape, target: Target) -> Case:
     variants: dict[str, Callable[[Operands], Variant]] = {
         "fastcircuit": submodel,
         "sdpa": functools.partial(original, "sdpa"),
         "eager": functools.partial(original, "eager"),
     }
-    if not target.quick:
+    if phase == "prefill" and not target.quick:
         variants["fastcircuit, compiled"] = functools.partial(submodel, compiled=True)
         variants["sdpa, compiled"] = functools.partial(original, "sdpa", compiled=True)
     logits = "" if answers is None else f", logits of {len(answers)} tokens"
     return Case(
         suite="inference",
-        name=f"prefill, {circuit}{logits}",
+        name=f"{phase}, {circuit}{logits}",
         shape=f"GPT-2 small, {shape.batch} x {shape.tokens}",
         dtype="float32",
         device=target.device,
-        setup=functools.partial(Operands, circuit, answers, shape, target.device),
+        setup=functools.partial(Operands, phase, circuit, answers, shape, target.device),
         variants=variants,
         baseline="sdpa",
         bound=Operands.bound,
@@ -58,8 +65,8 @@ def _case(circuit: str, answers: tuple[int, ...] | None, shape: Shape, target: T
 class Operands:
     """The model, its submodel, and prompts."""
 
-    def __init__(self, circuit: str, answers: Sequence[int] | None, shape: Shape, device: str) -> None:
-        self.shape, self.answers = shape, answers
+    def __init__(self, phase: str, circuit: str, answers: Sequence[int] | None, shape: Shape, device: str) -> None:
+        self.phase, self.shape, self.answers = phase, shape, answers
         self.model = random_model(shape, device)
         self.kept, constants = spread(GPT2_SMALL, *CIRCUITS[circuit])
         self.smaller = compile_submodel(
@@ -70,7 +77,7 @@ class Operands:
 
     def logits(self, model: Any) -> Callable[[], Tensor]:
         """A call that gives logits ``[B, 1, V or A]``."""
-        return torch.no_grad()(lambda: model(input_ids=self.ids, logits_to_keep=1, use_cache=False).logits)
+        return torch.no_grad()(_decoding(model, self.ids) if self.phase == "decode" else _prefill(model, self.ids))
 
     def bound(self) -> float:
         """Of the work of both models (see :meth:`fastcircuit.submodel.speed.Work.ratio`)."""
@@ -88,17 +95,38 @@ class Operands:
             block.attn.c_proj.register_forward_pre_hook(lambda module, inputs, keep=keep: (inputs[0] * keep,))
             if not self.kept.mlps[layer]:
                 block.mlp.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
-        logits = self.logits(model)()
+        logits = _prefill(model, self.ids)()
         return logits if self.answers is None else logits[..., list(self.answers)]
 
     @functools.cached_property
+    @torch.no_grad()
     def full(self) -> Tensor:
         """The truth of the model, in float64."""
-        return self.logits(copy.deepcopy(self.model).double())()
+        return _prefill(copy.deepcopy(self.model).double(), self.ids)()
 
     def check(self, result: Tensor, truth: Tensor) -> str | None:
         terms = model_terms(self.shape.layers, self.shape.width)
         return problem([(result, truth, float(truth.abs().max()))], terms, torch.float32)
+
+
+def _prefill(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    return lambda: model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+
+
+def _decoding(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """Decodes the last ``DECODED`` tokens and forgets them again."""
+    cache = DynamicCache(config=model.config)
+    prompt, steps = ids[:, :-DECODED], ids[:, -DECODED:].split(1, dim=1)
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def call() -> Tensor:
+        for step in steps:
+            logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        cache.crop(-DECODED)
+        return logits
+
+    return call
 
 
 def submodel(operands: Operands, compiled: bool = False) -> Variant:
