@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastcircuit.errors import InputError, RunError
@@ -24,7 +25,7 @@ def serve(
     max_batch_size: int = 32,
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve extracted circuits over OpenAI's completions API until SIGINT (KeyboardInterrupt) or SIGTERM.
+    """Serve extracted circuits over OpenAI's completions API until SIGINT (Ctrl-C) or SIGTERM; what is under way is answered.
 
     Args:
         directories: made by ``save_submodel``, with their tokenizers; each is a model named like its directory.
@@ -55,7 +56,8 @@ def serve(
             uvicorn.Config(create_app(engines), log_level="warning", timeout_graceful_shutdown=_SECONDS_TO_FINISH)
         )
         (announce or _print)(f"serving {', '.join(engines)} at {_url(listening)} (Ctrl-C stops)")
-        server.run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # uvicorn has shut down by then, and raises it or not
+            server.run(sockets=[listening])
 
 
 def _check_installed() -> None:

@@ -284,7 +284,7 @@ def test_shut_down_in_the_middle_of_an_answer(directories):
     next(stream)
     process.send_signal(signal.SIGINT)
     assert sum(len(chunk.choices[0].text) > 0 for chunk in stream) == 7  # what is under way is answered
-    process.wait(30)
-    assert "KeyboardInterrupt" in process.stderr.read()
+    assert process.wait(30) == 0
+    assert process.stderr.read() == ""
     with pytest.raises(openai.APIConnectionError):
         client.models.list()
