@@ -93,9 +93,8 @@ class _Measurement:
             wrong = {name: variant.check() for name, variant in variants.items()}
             if any(wrong.values()):
                 return [f"{name}: {error}" for name, error in wrong.items() if error is not None]
-            for variant in variants.values():
-                timer.check(variant.call)
-            seconds = interleave({name: variant.call for name, variant in variants.items()}, timer, self.budget)
+            first = {name: timer.check(variant.call) for name, variant in variants.items()}
+            seconds = interleave({name: variant.call for name, variant in variants.items()}, timer, self.budget, first)
             self.bound = None if case.bound is None else case.bound(state)
         except RunError as error:
             return [str(error)]

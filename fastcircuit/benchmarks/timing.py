@@ -16,6 +16,7 @@ from fastcircuit.errors import RunError
 SHORTEST = 1e-3  # seconds: shorter calls are repeated, so that the clock is not what is measured
 MOST_PER_ROUND = 5
 SLOW_ROUNDS = 3  # at least, of calls that take longer than a case's budget
+ONCE = 10  # budgets: a call that takes longer is timed once, its first time
 LEFT_OVER = 0.5  # of a call's time that may pass until its result can be read
 
 Call = Callable[[], object]
@@ -42,8 +43,8 @@ class Clock:
         self.synchronize()
         return (time.perf_counter() - start) / repeats
 
-    def check(self, call: Call) -> None:
-        """RunError when ``call`` is still at work after its time was taken (a clock that does not synchronise)."""
+    def check(self, call: Call) -> float:
+        """Seconds of ``call``; RunError when it is still at work after that (a clock that does not synchronise)."""
         timed: list[float] = []
         waited: list[float] = []
         while len(timed) < 3 and sum(timed) < 1:
@@ -59,6 +60,7 @@ class Clock:
                 f"the clock stopped {min(waited):.3g} s before the work was done (it says {min(timed):.3g} s): "
                 "the device was not synchronised"
             )
+        return timed[-1]
 
 
 def clock(device: str) -> Clock:
@@ -92,31 +94,38 @@ class Budget:
     most_rounds: int = 60
 
 
-def interleave(calls: Mapping[str, Call], clock: Clock, budget: Budget) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Call], clock: Clock, budget: Budget, first: Mapping[str, float] | None = None
+) -> dict[str, list[float]]:
     """Seconds of each call in every round.
 
     A round calls every variant, the fast ones several times (its number is their median), and each round starts with
-    another one.
+    another one. Where one takes more than ``ONCE`` budgets there is one round, and that call is not repeated for it.
+
+    Args:
+        first: seconds of a first call of each, which compiles, allocates and fills caches; None: they are made here.
     """
     names = list(calls)
     with without_collection():
-        first = {name: clock.seconds(calls[name]) for name in names}  # compiles, allocates, fills caches
+        if first is None:
+            first = {name: clock.seconds(calls[name]) for name in names}
         estimate = {
             name: first[name] if first[name] > budget.seconds / 2 else clock.seconds(calls[name]) for name in names
         }
+        once = {name: first[name] for name in names if first[name] > ONCE * budget.seconds}
         repeats = {name: max(1, math.ceil(SHORTEST / max(estimate[name], 1e-9))) for name in names}
         slowest = max(estimate[name] * repeats[name] for name in names)
         turns = {name: _turns(slowest, estimate[name] * repeats[name]) for name in names}
         one_round = sum(turns[name] * repeats[name] * estimate[name] for name in names)
         least = budget.least_rounds if one_round < budget.seconds else min(budget.least_rounds, SLOW_ROUNDS)
-        rounds = min(max(round(budget.seconds / one_round), least), budget.most_rounds)
+        rounds = 1 if once else min(max(round(budget.seconds / one_round), least), budget.most_rounds)
         times: dict[str, list[float]] = {name: [] for name in names}
         for number in range(rounds):
             start = number % len(names)
-            taken: dict[str, list[float]] = {name: [] for name in names}
+            taken: dict[str, list[float]] = {name: [once[name]] if name in once else [] for name in names}
             for turn in range(max(turns.values())):
                 for name in names[start:] + names[:start]:
-                    if turn < turns[name]:
+                    if turn < turns[name] and name not in once:
                         taken[name].append(clock.seconds(calls[name], repeats[name]))
             for name in names:
                 times[name].append(statistics.median(taken[name]))

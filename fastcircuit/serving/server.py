@@ -25,7 +25,9 @@ def serve(
     max_batch_size: int = 32,
     announce: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve extracted circuits over OpenAI's completions API until SIGINT (Ctrl-C) or SIGTERM; what is under way is answered.
+    """Serve extracted circuits over OpenAI's completions API until SIGINT (Ctrl-C) or SIGTERM.
+
+    What is under way then is answered.
 
     Args:
         directories: made by ``save_submodel``, with their tokenizers; each is a model named like its directory.

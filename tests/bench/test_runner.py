@@ -16,7 +16,7 @@ from fastcircuit.benchmarks.registry import load
 from fastcircuit.benchmarks.suites import scaling
 from fastcircuit.benchmarks.timing import Budget, Clock, Spread, interleave
 from fastcircuit.errors import InputError, RunError
-from tests.bench.toys import QUICK, claims, measured, toy
+from tests.bench.toys import BELIEVING, QUICK, claims, measured, toy
 
 
 def test_rows():
@@ -53,6 +53,19 @@ def test_calls_take_turns_without_collection():
     assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
     blocks = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     assert len(blocks) >= 8
+
+
+def test_a_very_slow_call_is_timed_once():
+    calls = {"slow": [], "fast": []}
+
+    def took(name, seconds):
+        calls[name].append(seconds)
+        return seconds
+
+    functions = {"slow": lambda: took("slow", 101.0), "fast": lambda: took("fast", 1.0)}
+    assert interleave(functions, BELIEVING, Budget(10.0)) == {"slow": [101.0], "fast": [1.0]}
+    assert len(calls["slow"]) == 1
+    assert len(calls["fast"]) > 2
 
 
 def test_intervals_hold_the_median_with_95_percent():

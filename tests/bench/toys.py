@@ -18,7 +18,7 @@ class Believing(Clock):
         return call()
 
     def check(self, call):
-        pass
+        return call()
 
 
 BELIEVING = Believing(lambda: None)
