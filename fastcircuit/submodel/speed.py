@@ -158,7 +158,7 @@ def _row(phase: str, ids: Tensor, calls: list[Ready], rounds: int) -> SpeedRow:
         times = _interleaved(calls, rounds)
         with torch.compiler.set_stance("force_eager"):
             bound = work_of(calls[0]).ratio(work_of(calls[1]))
-    per_call = DECODED if phase == "decode" else 1
+    per_call = DECODED if phase.startswith("decode") else 1
     milliseconds = [[second * 1e3 / per_call for second in seconds] for seconds in times]
     medians = [statistics.median(values) for values in milliseconds]
     highs = [statistics.quantiles(values, n=20, method="inclusive")[-1] for values in milliseconds]

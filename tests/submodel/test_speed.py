@@ -97,6 +97,14 @@ def logits_of(model, call):
     return torch.cat(seen)
 
 
+def test_decoding_is_timed_per_token(monkeypatch):
+    monkeypatch.setattr(speed, "_interleaved", lambda calls, rounds: [[8e-3, 8e-3], [4e-3, 4e-3]])
+    linear = torch.nn.Linear(2, 2)
+    ready = [lambda: lambda: linear(torch.ones(1, 2))] * 2
+    for phase, expected in (("prefill", 8.0), ("decode", 1.0), ("decode, compiled", 1.0)):
+        assert speed._row(phase, torch.zeros(1, 9), ready, 2).original_ms == pytest.approx(expected)
+
+
 def test_decoding_starts_from_the_same_cache_every_time(models):
     """Also where a sliding window has dropped what came before."""
     ids = torch.arange(3, 3 + 12)[None]
