@@ -53,6 +53,18 @@ class Masks:
         return self.edge * self.node.index_select(0, edge_writers(graph, self.node.device))
 
 
+@dataclass(frozen=True)
+class Sample(Masks):
+    """Sampled masks, and if it is wanted the probability that each is not 0.
+
+    Args:
+        edge_on, node_on: as ``edge`` and ``node``; None: not asked for.
+    """
+
+    edge_on: Tensor | None = None
+    node_on: Tensor | None = None
+
+
 @lru_cache(maxsize=8)
 def edge_writers(graph: Graph, device: torch.device) -> Tensor:
     """``graph.edge_writers`` as an int64 tensor on ``device``."""

@@ -20,7 +20,6 @@ import torch
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.evaluation.faithfulness import mean_kl
-from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.masks import Masks
 
@@ -153,7 +152,7 @@ class Refiner:
             read = model.final_read(
                 batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens, skip_zeros=kept_only
             )
-            divergence = kl_divergence(batch.answers.log_probs, reference.restrict(model.unembed(read)))
+            divergence = reference.divergence(read, batch.answers.log_probs)
             (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()
         assert mask.grad is not None
         return mask.grad.double().cpu().numpy()

@@ -13,9 +13,12 @@ from torch import Tensor
 from fastcircuit.circuit import ABLATIONS, Ablation
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.cache import Budgets, ReferenceCache
+from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, StatesShape
+from fastcircuit.ops import answer_kl
+from fastcircuit.ops.backends import is_compiled
 from fastcircuit.tasks.task import Examples
 
 OUTPUT_BIAS = ("split", "kept")
@@ -152,6 +155,25 @@ class Reference:
             logits = logits.index_select(1, self.answer_tokens)
         wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         return torch.log_softmax(wide, dim=-1)
+
+    def divergence(self, read: Tensor, log_probs: Tensor) -> Tensor:
+        """KL(full model || circuit) in nats, ``[N]``, from final reads ``[N, d]`` and the full model's ``[N, V or A]``.
+
+        Where there is a kernel for it, the circuit's logits are nowhere in memory (in backward, their gradient is).
+        """
+        model = self.model
+        weight = self._unembedding
+        if weight is not None and is_compiled("answer_kl", model.backend, read, weight, log_probs):
+            return answer_kl(model.anatomy.final_norm(read), weight, log_probs, backend=model.backend)
+        return kl_divergence(log_probs, self.restrict(model.unembed(read)))
+
+    @property
+    def _unembedding(self) -> Tensor | None:
+        """Rows of the unembedding of the words that count, ``[V or A, d]``; None if it is more than a product."""
+        head = self.model.anatomy.unembed
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            return None
+        return head.weight if self.answer_tokens is None else head.weight.index_select(0, self.answer_tokens)
 
     def _answers(self, examples: Examples, packing: Packing, log_probs: Tensor) -> Answers:
         mask, device = examples.answer_mask, self.model.device

@@ -144,7 +144,7 @@ def test_a_micro_batch_asks_the_host_for_nothing(name, node_masks):
             inputs.bucket.split(inputs.numbers)["token_ids"],
             inputs.bucket.packing(inputs.bucket.split(inputs.numbers)),
             reference.states(inputs.rows),
-            run.parameters.sample(None),
+            run.parameters.sample(static.drawn),
             inputs.bucket.split(inputs.numbers)["answers"],
             skip_zeros=True,
         )
