@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcircuit.discovery.checkpoint import load_checkpoint, save_checkpoint
-from fastcircuit.discovery.execution import Execution, free_cached_memory, is_out_of_memory
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.discovery.static_step import reasons_against
@@ -25,6 +25,7 @@ from fastcircuit.errors import RunError
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.interrupts import deferred_interrupts
 from fastcircuit.ops.backends import is_compiled
+from fastcircuit.ops.memory import ERRORS, free_cached_memory, is_out_of_memory
 
 COLUMNS = ("step", "kl", "penalty", "edge_sparsity", "edge_target")
 REPORT_EVERY = 10
@@ -142,7 +143,7 @@ class EdgePruning:
         try:
             generator = self.generator.manual_seed(_step_seed(self.settings.seed, step))
             self.stepper.compute(step, indices, self.micro_batch, generator)
-        except (RuntimeError, MemoryError, OSError) as error:
+        except ERRORS as error:
             if not is_out_of_memory(error):
                 raise
             return False

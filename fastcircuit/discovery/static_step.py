@@ -14,7 +14,7 @@ from fastcircuit.discovery.buckets import Bucket
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.evaluation.reference import Reference
-from fastcircuit.masks import Masks
+from fastcircuit.masks import Masks, without_dead_ends
 from fastcircuit.models.masked import MaskedCausalLM
 
 
@@ -89,10 +89,11 @@ class StaticStep:
     @torch.no_grad()
     def begin(self) -> None:
         """Sample the masks."""
-        if self.parameters.backend is not None:
+        compiled = self.parameters.backend is not None
+        if compiled:
             self.drawn[1:].copy_(self.step)
-        masks = self.parameters.sample(self.drawn)
-        self.product.copy_(masks.product(self.model.graph))
+        product = self.parameters.sample(self.drawn).product(self.model.graph)
+        self.product.copy_(without_dead_ends(self.model.graph, product) if compiled else product)
         self.gradient.zero_()
         self.kl.zero_()
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fastcircuit.discovery import Settings
+from fastcircuit.discovery import Settings, static_step
 from fastcircuit.discovery.buckets import Bucket
 from fastcircuit.discovery.edge_pruning import EdgePruning
 from fastcircuit.discovery.execution import Execution
@@ -71,6 +71,22 @@ def test_a_step_on_triton_is_the_step_of_the_cpu(name, changes, nodes, recompute
     used.clear()
     assert_same(found, stepped(name, "auto", changes, nodes, recompute))
     assert not used
+
+
+def test_what_triton_leaves_out_changes_nothing(monkeypatch):
+    """At a third of the masks on, writers are skipped in every layer, and heads that nothing reads do not read."""
+    sparse = {"initial_log_alpha": -1.5}
+    skipping = stepped("gpt2", "triton", sparse)
+    monkeypatch.setattr(stream, "live_writers", lambda weights, backend: None)
+    monkeypatch.setattr(static_step, "without_dead_ends", lambda graph, product: product)
+    whole = stepped("gpt2", "triton", sparse)
+    assert (whole.product != skipping.product).any()
+    torch.testing.assert_close(skipping.kl, whole.kl, rtol=1e-6, atol=0)  # sums in another order
+    open_masks = (skipping.product > 0) & (skipping.product < 1)
+    torch.testing.assert_close(skipping.gradient[open_masks], whole.gradient[open_masks], rtol=1e-3, atol=1e-6)
+    dead = (skipping.product == 0) & (whole.product != 0)
+    assert not skipping.gradient[dead].any()
+    assert not whole.gradient[dead].any()  # exactly
 
 
 def test_inputs_that_are_too_large_to_be_made_together(monkeypatch):
