@@ -71,7 +71,7 @@ sweep: setup  ## compare all methods on the shipped models: tables and plots in 
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'
-	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python -m pytest -q -m gpu -n 6 tests/test_gpu.py
 
 bench-gpu: setup  ## the benchmarks that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'

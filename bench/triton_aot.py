@@ -2,7 +2,8 @@
 
 The launchers run on meta tensors of real shapes; what they would launch is recorded and compiled. The table
 ``bench/results/triton_aot.csv`` holds registers, spilled bytes and shared memory of each, and a digest of the source
-that was compiled, so that a test notices when it is out of date.
+that was compiled, so that a test notices when it is out of date. Rows of the same source, compiler and launch are kept
+as they are; ``--all`` compiles those again too.
 """
 
 import ast
@@ -38,6 +39,8 @@ TARGETS = {
 }
 # Bytes of shared memory one program may have.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# What a row is of.
+ABOUT = ("arch", "launch", "source", "triton")
 # The kernels leave fusing a product and a sum to the compiler, as Triton does by default up to 3.9.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -134,18 +137,19 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def digest(kernel: JITFunction) -> str:
-    """Of the code of the file the kernel is in and of what all kernels share; comments and docstrings do not count."""
+    """Of the device code of the kernel's file and of what all kernels share; comments and docstrings do not count."""
     files = [KERNELS / "dot.py", Path(kernel.fn.__code__.co_filename)]
     return hashlib.sha256("".join(_code(file) for file in files).encode()).hexdigest()[:12]
 
 
 @functools.cache
 def _code(file: Path) -> str:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+    functions = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    compiled = [node for node in functions if "triton.jit" in map(ast.unparse, node.decorator_list)]
+    for node in compiled:
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return "\n".join(map(ast.unparse, compiled))
 
 
 def row(launch: Launch, arch: str) -> dict[str, str]:
@@ -162,10 +166,13 @@ def table() -> list[dict[str, str]]:
 
 def main() -> None:
     rows = []
+    kept = {} if "--all" in sys.argv[1:] else {tuple(map(known.get, ABOUT)): known for known in table()}
     for arch in TARGETS:
         launches = all_launches(arch)
         for place, launch in enumerate(launches.values(), 1):
-            rows.append({**row(launch, arch), **usage(compile_for(launch, arch))})
+            about = row(launch, arch)
+            known = kept.get(tuple(map(about.get, ABOUT)))
+            rows.append(known or {**about, **usage(compile_for(launch, arch))})
             print(f"{arch} {place}/{len(launches)} {rows[-1]}", file=sys.stderr)
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

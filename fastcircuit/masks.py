@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,10 +54,56 @@ class Masks:
         return self.edge * self.node.index_select(0, edge_writers(graph, self.node.device))
 
 
+@dataclass(frozen=True)
+class Sample(Masks):
+    """Sampled masks, and if it is wanted the probability that each is not 0.
+
+    Args:
+        edge_on, node_on: as ``edge`` and ``node``; None: not asked for.
+    """
+
+    edge_on: Tensor | None = None
+    node_on: Tensor | None = None
+
+
 @lru_cache(maxsize=8)
 def edge_writers(graph: Graph, device: torch.device) -> Tensor:
     """``graph.edge_writers`` as an int64 tensor on ``device``."""
-    return torch.from_numpy(graph.edge_writers).to(device=device, dtype=torch.int64)
+    return _indices(graph.edge_writers, device)
+
+
+@lru_cache(maxsize=8)
+def _edge_readers(graph: Graph, device: torch.device) -> Tensor:
+    return _indices(graph.edge_readers, device)
+
+
+@lru_cache(maxsize=8)
+def _feeds(graph: Graph, device: torch.device) -> tuple[Tensor, Tensor]:
+    readers, writers = graph.feeds
+    return _indices(readers, device), _indices(writers, device)
+
+
+def _indices(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device=device, dtype=torch.int64)
+
+
+def without_dead_ends(graph: Graph, product: Tensor, rounds: int = 2) -> Tensor:
+    """``product`` ``[num_edges]`` with 0 for edges into readers whose writers nothing reads; the host is not asked.
+
+    What such a head or MLP writes meets masks of 0 alone, so no result changes, and no gradient: that of its reads is
+    exactly 0. Then what it alone read need not be read either.
+
+    Args:
+        rounds: each one finds what the one before has left without readers.
+    """
+    writers, readers = edge_writers(graph, product.device), _edge_readers(graph, product.device)
+    feeding, fed = _feeds(graph, product.device)
+    for _ in range(rounds):
+        times_read = product.new_zeros(graph.num_writers).index_add_(0, writers, (product != 0).to(product.dtype))
+        alive = product.new_zeros(graph.num_readers).index_add_(0, feeding, times_read.index_select(0, fed))
+        alive[-1:].fill_(1)  # the final read
+        product = torch.where(alive.index_select(0, readers) > 0, product, 0)
+    return product
 
 
 def sample(log_alpha: Tensor, generator: torch.Generator | None = None) -> Tensor:

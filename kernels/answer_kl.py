@@ -88,7 +88,7 @@ def add_blocks(p_partial, p_kl, p_stats, BLOCKS, N, ACC: tl.constexpr, BB: tl.co
         b_mass += tl.sum(b_p, axis=0)
     tl.store(p_kl + o_n, b_kl, mask=m_n)
     tl.store(p_stats + o_n, b_lse, mask=m_n)
-    tl.store(p_stats + N + o_n, b_mass, mask=m_n)
+    tl.store(p_stats + (N + o_n), b_mass, mask=m_n)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def logit_gradient(
     p_log_p = p_reference + o_n[:, None] * stride_reference + o_v[None, :]
     b_p = tl.exp(tl.load(p_log_p, mask=m_out, other=float("-inf")).to(ACC))  # [BM, BV]
     b_lse = tl.load(p_stats + o_n, mask=m_n, other=0.0)
-    b_mass = tl.load(p_stats + N + o_n, mask=m_n, other=0.0)
+    b_mass = tl.load(p_stats + (N + o_n), mask=m_n, other=0.0)
     b_grad = tl.load(p_grad + o_n, mask=m_n, other=0.0).to(ACC)
     b_out = b_grad[:, None] * (b_mass[:, None] * tl.exp(b_logit - b_lse[:, None]) - b_p)
     tl.store(p_out + o_n[:, None] * V + o_v[None, :], narrow(b_out, p_out.dtype.element_ty), mask=m_out)

@@ -36,6 +36,13 @@ class Tile(NamedTuple):
 # is taken, and as the tiles of one range of columns run side by side, the stream comes from L2 but for the first.
 READS = {
     "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 16, 256, 4, 4), Tile(128, 16, 256, 8, 4)),
+    # Rows of their own to add to want registers as well.
+    "half, added": (
+        Tile(16, 32, 256, 4, 4),
+        Tile(32, 32, 256, 4, 3),
+        Tile(64, 16, 256, 4, 4),
+        Tile(128, 32, 128, 8, 3),
+    ),
     "tf32": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 2)),
     "tf32x3": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 16, 128, 8, 2)),
     "ieee": (Tile(16, 16, 128, 4, 3), Tile(32, 16, 128, 4, 3), Tile(64, 16, 128, 8, 3)),
@@ -255,10 +262,12 @@ def _pieces(out: torch.Tensor) -> int:
 def _launch_read(z, rows, start, out, live, live_axis, precision):
     """out = start + z @ rows, where rows, start and out are made of rows of N numbers."""
     n, dtype = out[0].numel(), rows.dtype
-    tile = tile_for(READS[kind_of(dtype, precision, _pieces(out))], z.shape[0])
     kind, stride_start = ("none", 0) if start is None else ("own", start.stride(0))
     if start is not None and start.dim() < out.dim():
         kind, stride_start = "shared", 0
+    units = kind_of(dtype, precision, _pieces(out))
+    tiles = READS.get(f"{units}, added", READS[units]) if kind == "own" else READS[units]
+    tile = tile_for(tiles, z.shape[0])
     grid = (triton.cdiv(z.shape[0], tile.rows) * triton.cdiv(n, tile.columns),)
     read[grid](
         z, rows, start, out, live, z.shape[0], z.shape[1], n, *z.stride(), rows.stride(0), stride_start, out.stride(0),
@@ -335,6 +344,8 @@ def both_gradients(
 def _launch_backward(tiles, grad_reads, stream, mask, grad_stream, accumulate, live, precision):
     (readers, writers), n = mask.shape, stream[0].numel()
     tile = tile_for(tiles, readers)
+    if torch.version.hip and tile.rows == 128:
+        tile = tile._replace(inner=16, columns=64)  # the others spill on AMD's registers
     blocks = triton.cdiv(writers, tile.inner)
     parts, per_part = _parts(n, tile.columns, blocks)
     partial = _workspace(stream, parts, readers, writers)

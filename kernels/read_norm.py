@@ -66,13 +66,13 @@ def _read(
 
 @triton.jit
 def normalise(
-    p_stream, p_z, p_base, p_weight, p_bias, p_out, p_stats, p_live, R, W, T, D,
+    p_stream, p_z, p_base, p_weight, p_bias, p_out, p_stats, p_live, R, NORMED, W, T, D,
     stride_stream, stride_z_reader, stride_z_writer,
     EPS: tl.constexpr, CENTERED: tl.constexpr, FUSED: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr,
     LIVE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
     ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out[R, T, D] = norm(base + z @ stream), stats[2, R, T] = means and 1 / deviations."""
+    """out[R, T, D] = norm(base + z @ stream), stats[2, R, T] = means and 1 / deviations; not of rows from NORMED on."""
     n_tiles = (R + BM - 1) // BM
     i_t = tl.program_id(0).to(tl.int64) // n_tiles
     o_r = tl.program_id(0).to(tl.int64) % n_tiles * BM + tl.arange(0, BM)
@@ -99,7 +99,9 @@ def normalise(
             b_squares += tl.sum(b_left * b_left, axis=1) + b_shift * b_shift * (c * (count / total))
         else:
             b_squares += tl.sum(b_x * b_x, axis=1)
-    b_rstd = 1 / tl.sqrt(b_squares / D + EPS)
+    m_plain = o_r >= NORMED
+    b_mean = tl.where(m_plain, 0, b_mean)
+    b_rstd = tl.where(m_plain, 1, 1 / tl.sqrt(b_squares / D + EPS))
     tl.store(p_stats + o_r * T + i_t, b_mean, mask=m_r)
     tl.store(p_stats + (R + o_r) * T + i_t, b_rstd, mask=m_r)
     tl.debug_barrier()  # other threads of the program wrote what is read now
@@ -112,15 +114,16 @@ def normalise(
         b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(ACC)
         if not CENTERED:
             b_x = narrow(b_x, p_out.dtype.element_ty).to(ACC)
-        b_x *= b_weight[None, :]
+        b_y = b_x * b_weight[None, :]
         if HAS_BIAS:
-            b_x += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
+            b_y += tl.load(p_bias + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
+        b_x = tl.where(m_plain[:, None], b_x, b_y)
         tl.store(p_x + o_d[None, :], narrow(b_x, p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def normalise_backward(
-    p_stream, p_z, p_base, p_weight, p_grad, p_stats, p_out, p_live, R, W, T, D,
+    p_stream, p_z, p_base, p_weight, p_grad, p_stats, p_out, p_live, R, NORMED, W, T, D,
     stride_stream, stride_z_reader, stride_z_writer,
     CENTERED: tl.constexpr, FUSED: tl.constexpr, HAS_BASE: tl.constexpr,
     LIVE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
@@ -159,10 +162,11 @@ def normalise_backward(
         m = m_r[:, None] & m_d[None, :]
         b_x = tl.load(p_out + p_rows + o_d[None, :], mask=m, other=0.0).to(ACC)
         b_x = (b_x - b_mean[:, None]) * b_rstd[:, None]
-        b_g = tl.load(p_grad + p_rows + o_d[None, :], mask=m, other=0.0).to(ACC)
-        b_g *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
+        b_grad = tl.load(p_grad + p_rows + o_d[None, :], mask=m, other=0.0).to(ACC)
+        b_g = b_grad * tl.load(p_weight + o_d, mask=m_d, other=0.0).to(ACC)[None, :]
         b_g -= b_along_one[:, None] / D + b_x * (b_along_x[:, None] / D)
-        tl.store(p_out + p_rows + o_d[None, :], narrow(b_rstd[:, None] * b_g, p_out.dtype.element_ty), mask=m)
+        b_g = tl.where((o_r >= NORMED)[:, None], b_grad, b_rstd[:, None] * b_g)
+        tl.store(p_out + p_rows + o_d[None, :], narrow(b_g, p_out.dtype.element_ty), mask=m)
 
 
 def _launch(stream: torch.Tensor, readers: int, live: torch.Tensor | None, precision: str) -> tuple[tuple, bool, dict]:
@@ -194,11 +198,15 @@ def read_norm(
     bias: torch.Tensor | None,
     eps: float,
     centered: bool,
+    plain: int,
     live: torch.Tensor | None,
     precision: str,
     fused: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised reads and their statistics; rows, base, weight and bias contiguous. ``fused`` None: if it pays."""
+    """Normalised reads, the last ``plain`` as they are, and their statistics; rows, base, weight and bias contiguous.
+
+    ``fused`` None: if it pays.
+    """
     readers, (writers, tokens, width) = len(mask), stream.shape
     grid, pays, options = _launch(stream, readers, live, precision)
     fused = pays if fused is None else fused
@@ -208,7 +216,7 @@ def read_norm(
     out = stream.new_empty(readers, tokens, width) if fused else masked_read(stream, mask, base, live, precision)
     if stats.numel():
         normalise[grid](
-            stream, mask, base, weight, bias, out, stats, live, readers, writers, tokens, width,
+            stream, mask, base, weight, bias, out, stats, live, readers, readers - plain, writers, tokens, width,
             stream.stride(0), *mask.stride(),
             EPS=eps, CENTERED=centered, FUSED=fused, HAS_BASE=base is not None, HAS_BIAS=bias is not None,
             **options,
@@ -224,6 +232,7 @@ def read_norm_grad(
     base: torch.Tensor | None,
     weight: torch.Tensor,
     centered: bool,
+    plain: int,
     live: torch.Tensor | None,
     precision: str,
     fused: bool | None = None,
@@ -235,7 +244,7 @@ def read_norm_grad(
     out = torch.empty_like(grad) if fused else masked_read(stream, mask, base, live, precision)
     if stats.numel():
         normalise_backward[grid](
-            stream, mask, base, weight, grad, stats, out, live, readers, writers, tokens, width,
+            stream, mask, base, weight, grad, stats, out, live, readers, readers - plain, writers, tokens, width,
             stream.stride(0), *mask.stride(),
             CENTERED=centered, FUSED=fused, HAS_BASE=base is not None, **options,
         )  # fmt: skip

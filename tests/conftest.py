@@ -1,7 +1,18 @@
 """Workers of pytest-xdist share the cores: each takes its part of them, before torch counts them."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+from types import ModuleType
 
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+# A checkout that is not installed has kernels/ under its own name only.
+if importlib.util.find_spec("fastcircuit_kernels") is None:
+    package = ModuleType("fastcircuit_kernels")
+    package.__path__ = [str(Path(__file__).parents[1] / "kernels")]
+    package.__spec__ = importlib.util.spec_from_loader("fastcircuit_kernels", loader=None, is_package=True)
+    sys.modules["fastcircuit_kernels"] = package

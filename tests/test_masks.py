@@ -8,7 +8,15 @@ import torch
 
 from fastcircuit.errors import InputError
 from fastcircuit.graph import Graph
-from fastcircuit.masks import Lagrangian, Masks, probability_of_zero, sample, sample_at, target_sparsity
+from fastcircuit.masks import (
+    Lagrangian,
+    Masks,
+    probability_of_zero,
+    sample,
+    sample_at,
+    target_sparsity,
+    without_dead_ends,
+)
 
 
 @pytest.mark.parametrize("log_alpha", [-4.0, -1.0, 0.0, 1.5, 4.0])
@@ -72,3 +80,16 @@ def test_product_multiplies_each_edge_by_its_writer():
         assert product[number] == edge[number] * node[graph.writer_id(writer)]
     with pytest.raises(InputError, match=r"masks\.node has shape"):
         Masks(edge, node[1:]).product(graph)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_dead_ends_are_those_that_lead_nowhere(kv_heads):
+    graph = Graph(3, 4, kv_heads, "split")
+    generator = torch.Generator().manual_seed(0)
+    product, uniform = torch.rand(2, graph.num_edges, generator=generator)
+    product = torch.where(uniform < 0.1, product, 0)
+    _, readers = graph.live((product != 0).numpy())
+    leads_on = torch.from_numpy(readers[graph.edge_readers])
+    assert torch.equal(without_dead_ends(graph, product, rounds=6), torch.where(leads_on, product, 0))
+    once = without_dead_ends(graph, product, rounds=1)
+    assert 0 < (once != product).sum() <= (product[~leads_on] != 0).sum()

@@ -122,8 +122,8 @@ def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
         base, weight = stream[0], _meta(WIDTH, dtype=dtype)
         listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
         bias = weight if centered else None
-        y, stats = kernels.read_norm(stream, mask, base, weight, bias, 1e-5, centered, listed, precision, fused)
-        kernels.read_norm_grad(y, stats, stream, mask, base, weight, centered, listed, precision, fused)
+        y, stats = kernels.read_norm(stream, mask, base, weight, bias, 1e-5, centered, 0, listed, precision, fused)
+        kernels.read_norm_grad(y, stats, stream, mask, base, weight, centered, 0, listed, precision, fused)
 
     found = {
         f"read_norm {precision} {readers}": lambda r=readers, p=precision: call(r, torch.float32, p, True, False, True)

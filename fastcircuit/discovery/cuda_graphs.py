@@ -16,6 +16,7 @@ class Recorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._aside = torch.cuda.Stream()  # one for all: memory that is freed on a stream is used again on it alone
 
     def __call__(self, key: Hashable, call: Callable[[], None]) -> None:
         """Do what ``call`` does; the same key must always come with the same function of the same buffers."""
@@ -31,11 +32,9 @@ class Recorder:
             self._graphs[key] = graph
         graph.replay()
 
-    @staticmethod
-    def _run_aside(call: Callable[[], None]) -> None:
+    def _run_aside(self, call: Callable[[], None]) -> None:
         """Run on a stream that is not the default one, as a recording does."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._aside):
             call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._aside)

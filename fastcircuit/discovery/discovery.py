@@ -100,7 +100,7 @@ def discover(
         on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
             training KL.
         on_progress: called by the other methods with the method, how much is done, and how much there is to do.
-        on_note: called with a line when memory runs out and the run goes on with smaller micro-batches.
+        on_note: called with a line when memory runs out and the run goes on with less at a time.
         execution: how the steps are carried out; the result does not depend on it.
 
     Raises:
@@ -123,7 +123,7 @@ def discover(
     train = task.split("train")
     choices = None if task.answer_tokens is None else len(task.answer_tokens)
     execution = planned(model, train, settings, execution or Execution(), choices, on_note)
-    reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens)
+    reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens, on_note=on_note)
     run = EdgePruning(
         reference,
         num_edges or model.graph.num_edges,
@@ -207,7 +207,7 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
     best = top_circuit(graph, scores, num_edges, settings.ablation)
     if not settings.refine:
         return best
-    refiner = Refiner(run.reference, on_round=on_round)
+    refiner = Refiner(run.reference, on_round=on_round, on_note=run.on_note)
     if num_edges <= MOST_TO_ELIMINATE:
         more = min(graph.num_edges, num_edges + settings.refine_surplus)
         eliminated = refiner.eliminate(top_circuit(graph, scores, more, settings.ablation), num_edges)
@@ -219,7 +219,7 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
 def _fewest_within(run: EdgePruning, kl_budget: float, on_round: OnRound | None) -> Circuit:
     """The fewest of the surest edges that hold the training KL within the budget, less those that are not needed."""
     graph, ablation, scores = run.model.graph, run.settings.ablation, run.parameters.scores()
-    refiner = Refiner(run.reference, on_round=on_round)
+    refiner = Refiner(run.reference, on_round=on_round, on_note=run.on_note)
 
     def circuit(num_edges: int) -> Circuit:
         return top_circuit(graph, scores, num_edges, ablation)

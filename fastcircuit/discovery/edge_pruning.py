@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastcircuit.discovery.checkpoint import load_checkpoint, save_checkpoint
-from fastcircuit.discovery.execution import Execution, free_cached_memory, is_out_of_memory
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.discovery.static_step import reasons_against
@@ -24,6 +24,8 @@ from fastcircuit.discovery.steppers import DynamicStepper, FixedStepper
 from fastcircuit.errors import RunError
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.interrupts import deferred_interrupts
+from fastcircuit.ops.backends import is_compiled
+from fastcircuit.ops.memory import ERRORS, free_cached_memory, is_out_of_memory
 
 COLUMNS = ("step", "kl", "penalty", "edge_sparsity", "edge_target")
 REPORT_EVERY = 10
@@ -76,6 +78,7 @@ class EdgePruning:
             self.generator.manual_seed(settings.seed),
             self.model.mask_dtype,
             ranking,
+            self._sampler(),
         )
         execution, self.on_note = execution or Execution(), on_note
         self.micro_batch = min(execution.micro_batch or settings.batch_size, settings.batch_size)
@@ -140,7 +143,7 @@ class EdgePruning:
         try:
             generator = self.generator.manual_seed(_step_seed(self.settings.seed, step))
             self.stepper.compute(step, indices, self.micro_batch, generator)
-        except (RuntimeError, MemoryError, OSError) as error:
+        except ERRORS as error:
             if not is_out_of_memory(error):
                 raise
             return False
@@ -191,6 +194,11 @@ class EdgePruning:
         """Take up the run that wrote the checkpoint ``path``."""
         self.history = load_checkpoint(path, self.parameters, self.stepper.optimizer, self.identity).tolist()
         self.stepper.resume(len(self.history))
+
+    def _sampler(self) -> str | None:
+        """The backend that samples all masks at once, if there is a compiled one."""
+        backend, like = self.model.backend, torch.empty(0, dtype=self.model.mask_dtype, device=self.model.device)
+        return backend if is_compiled("hard_concrete", backend, like) else None
 
     def _stepper(self, execution: Execution) -> DynamicStepper | FixedStepper:
         kind = execution.choose_step(self.model.device, reasons_against(self.model, self.settings))

@@ -1,12 +1,10 @@
 """How a run is carried out: nothing here changes its result."""
 
-import errno
 from dataclasses import dataclass
 
 import torch
 
 from fastcircuit.errors import InputError
-from fastcircuit.ops.recycling import POOL
 
 STEPS = ("auto", "dynamic", "fixed", "graph")
 
@@ -42,25 +40,3 @@ class Execution:
         if self.step == "graph" and device.type != "cuda":
             raise InputError(f"step 'graph' needs a CUDA device; the model is on {device}; use 'fixed' or 'dynamic'")
         return self.step
-
-
-def free_cached_memory(device: torch.device) -> None:
-    """Give back memory that is only held for later."""
-    POOL.clear()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, RuntimeError) and any(
-            sign in str(error) for sign in ("DefaultCPUAllocator", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

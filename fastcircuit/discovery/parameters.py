@@ -1,6 +1,7 @@
 """What Edge Pruning learns: log-alphas of edges and writers, and the Lagrange multipliers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,22 @@ from torch import Tensor, nn
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.graph import Graph
 from fastcircuit.masks import (
+    EPSILON,
+    STRETCH,
+    TEMPERATURE,
     ZERO_LEVEL,
     Lagrangian,
-    Masks,
+    Sample,
     edge_writers,
     probability_of_zero,
-    sample,
+    sample_at,
     target_sparsity,
+    uniform_,
 )
+from fastcircuit.ops import hard_concrete
 
 _INITIAL_SPREAD = 0.01
+_MOST_INT64 = 2**63 - 1
 _OVERSHOOT, _DENSE = 0.15, 0.075
 # A warm start leaves this many times the edges asked for on, or a tenth of the graph if that is more.
 _WARM_SURPLUS, _WARM_DENSITY = 4.0, 0.1
@@ -56,6 +63,8 @@ class MaskParameters(nn.Module):
     Args:
         num_edges: edges the circuit should end with; sets the edge target unless the settings give one.
         ranking: of the edges, ``[num_edges]``, for a warm start.
+        backend: of :func:`fastcircuit.ops.hard_concrete`, which then samples all masks at once, from the seed and the
+            number of the step; None: torch does, from its generator.
     """
 
     def __init__(
@@ -66,9 +75,10 @@ class MaskParameters(nn.Module):
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
         ranking: np.ndarray | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.graph, self.settings, self.num_edges = graph, settings, num_edges
+        self.graph, self.settings, self.num_edges, self.backend = graph, settings, num_edges, backend
         self.edge, self.node = (
             nn.Parameter(
                 settings.initial_log_alpha
@@ -131,29 +141,63 @@ class MaskParameters(nn.Module):
         edge = target_sparsity(step, warmup, goal, settings.schedule, start)
         return edge, target_sparsity(step, warmup, nodes, settings.schedule)
 
-    def sample(self, generator: torch.Generator) -> Masks:
-        """One hard-concrete sample of every mask."""
-        edge = sample(self.edge, generator)
-        return Masks(edge, sample(self.node, generator) if self.settings.node_masks else None)
+    def draw(self, step: int, generator: torch.Generator | None = None) -> Tensor:
+        """What the sample of a step is made from: uniform numbers ``[edges + writers]`` from the generator; where a
+        backend draws its own, int64 ``[2]``, the run's seed and the step.
+        """
+        if self.backend is not None:
+            return torch.tensor([self.settings.seed & _MOST_INT64, step], device=self.edge.device)
+        return self.draw_uniform_(
+            torch.empty(sum(self._sizes), dtype=self.edge.dtype, device=self.edge.device), generator
+        )
 
-    def edge_sparsity(self, masks: Masks) -> Tensor:
+    def draw_uniform_(self, noise: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Fill ``noise`` ``[edges + writers]`` with the uniform numbers of a sample."""
+        edge, node = noise.split(self._sizes)
+        uniform_(edge, generator)
+        if self.settings.node_masks:
+            uniform_(node, generator)
+        return noise
+
+    def sample(self, drawn: Tensor) -> Sample:
+        """The hard-concrete sample of every mask that is made from what :meth:`draw` gave."""
+        expected, node_masks = self.settings.sparsity_estimate == "expected", self.settings.node_masks
+        if self.backend is not None:
+            return self._sample_at_once(drawn, self.backend)
+        parts = list(zip((self.edge, self.node), drawn.split(self._sizes), strict=True))[: 2 if node_masks else 1]
+        sampled = [sample_at(value, noise) for value, noise in parts]
+        on = [1 - probability_of_zero(value) for value, _ in parts] if expected else []
+        return _sample(sampled, on)
+
+    def _sample_at_once(self, seed: Tensor, backend: str) -> Sample:
+        log_alpha, sizes = torch.cat([self.edge, self.node]), self._sizes
+        if not self.settings.node_masks:
+            log_alpha, sizes = self.edge, sizes[:1]
+        numbers: dict[str, Any] = {"temperature": TEMPERATURE, "stretch": STRETCH, "epsilon": EPSILON}
+        z, on = hard_concrete(log_alpha, seed, **numbers, backend=backend)
+        return _sample(z.split(sizes), on.split(sizes))
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [len(self.edge), len(self.node)]
+
+    def edge_sparsity(self, masks: Sample) -> Tensor:
         """Edge sparsity the Lagrangian sees: of the sampled edge masks, or expected of the edge-and-writer product."""
         if self.settings.sparsity_estimate == "sampled":
             return 1 - masks.edge.mean()
-        edge_on = 1 - probability_of_zero(self.edge)
-        if masks.node is None:
-            return 1 - edge_on.mean()
-        node_on = 1 - probability_of_zero(self.node)
-        return 1 - (edge_on * node_on.index_select(0, edge_writers(self.graph, node_on.device))).mean()
+        assert masks.edge_on is not None
+        if masks.node_on is None:
+            return 1 - masks.edge_on.mean()
+        writers = edge_writers(self.graph, masks.node_on.device)
+        return 1 - (masks.edge_on * masks.node_on.index_select(0, writers)).mean()
 
-    def node_sparsity(self, masks: Masks) -> Tensor:
+    def node_sparsity(self, masks: Sample) -> Tensor:
         """Writer sparsity the Lagrangian sees."""
-        if self.settings.sparsity_estimate == "sampled":
-            assert masks.node is not None
-            return 1 - masks.node.mean()
-        return probability_of_zero(self.node).mean()
+        values = masks.node if self.settings.sparsity_estimate == "sampled" else masks.node_on
+        assert values is not None
+        return 1 - values.mean()
 
-    def penalty(self, masks: Masks, edge_target: float | Tensor, node_target: float | Tensor) -> tuple[Tensor, Tensor]:
+    def penalty(self, masks: Sample, edge_target: float | Tensor, node_target: float | Tensor) -> tuple[Tensor, Tensor]:
         """The Lagrangian terms for these targets, and the edge sparsity."""
         sparsity = self.edge_sparsity(masks)
         penalty = self.edge_multipliers(sparsity, edge_target)
@@ -168,3 +212,11 @@ class MaskParameters(nn.Module):
         if not self.settings.node_masks:
             return edge.cpu().numpy()
         return (edge + node[edge_writers(self.graph, node.device)]).cpu().numpy()
+
+
+def _sample(values: Sequence[Tensor], on: Sequence[Tensor]) -> Sample:
+    """Of edges, or of edges and writers."""
+    edge, node = (*values, None)[:2]
+    edge_on, node_on = (*on, None, None)[:2]
+    assert edge is not None
+    return Sample(edge, node, edge_on, node_on)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastcircuit.graph import Graph, Site
 from fastcircuit.models.anatomy import Anatomy
 from fastcircuit.models.components import AttentionRun, MlpRun
+from fastcircuit.models.inputs import KeptReads
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
@@ -135,23 +136,22 @@ class PlainRun:
             run = self._component(site, self.streams[site])
             run.forward(keep_graph=True)
         if isinstance(run, MlpRun):
-            reads = run.backward(grad)[None]
+            reads = run.backward(grad)
         else:
             projection = output_projection(run.attention)
-            reads = grad.new_empty(self.graph.sites[site].num_readers, *run.reads.shape[1:])
-            run.backward(self.widened(site, grad @ projection.T), reads)
+            (reads,) = run.backward(self.widened(site, grad @ projection.T))
         self._add(site, reads, differences, scores)
         return self.widened(site, grad) + reads.sum(0)
 
     def _component(self, site: int, stream: Tensor) -> AttentionRun | MlpRun:
         block = self.anatomy.blocks[site // 2]
         if site % 2:
-            return MlpRun(block, stream)
+            return MlpRun(block, KeptReads(block.mlp_norm, stream[None]))
 
         def run(projected: tuple[Tensor, ...]) -> Tensor:
             return attend(block.attention, projected, self.rotary, self.packing, self.anatomy.causal)
 
-        return AttentionRun(block.attention, run, stream[None])
+        return AttentionRun(block.attention, run, [KeptReads(block.attention.norm, stream[None])])
 
     def _add(self, site: int, reads: Tensor, differences: "Differences", scores: Tensor) -> None:
         place = self.graph.sites[site]

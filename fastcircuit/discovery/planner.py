@@ -25,6 +25,7 @@ from fastcircuit.models.loading import quiet
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import SHORT, FixedPacking
 from fastcircuit.models.states import States
+from fastcircuit.ops.backends import missing_reason
 from fastcircuit.tasks.task import Examples
 
 # Of the memory that is free, what a plan may fill: the rest is for workspaces and fragmentation.
@@ -211,6 +212,7 @@ def step_bytes(
         device: where it is to run, which decides which attention does.
     """
     meta = model.device
+    model.fused = device.type == "cuda" and missing_reason("triton") is None
     with LiveBytes() as bytes_now:
         tokens, answers = bucket.tokens, bucket.answers
         numbers = bucket.split(torch.empty(bucket.size, dtype=torch.int64, device=meta))
@@ -221,6 +223,9 @@ def step_bytes(
         packing = _Planned(bucket, numbers, packed)
         ids = numbers["token_ids"]
         read = model.final_read(ids, packing, states, Masks(mask), numbers["answers"], recompute=recompute)
+        if model.fused:
+            torch.autograd.grad(_FusedDivergence.apply(model.anatomy.final_norm(read), vocabulary).sum(), mask)
+            return bytes_now.peak
         logits = model.unembed(read)
         if vocabulary != logits.shape[1]:
             logits = logits[:, :vocabulary].clone()
@@ -273,6 +278,22 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+class _FusedDivergence(torch.autograd.Function):
+    """The memory of answer_kl: no logits, but their gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, vocabulary: int) -> Tensor:
+        ctx.vocabulary = vocabulary
+        ctx.save_for_backward(hidden)
+        return hidden.new_empty(len(hidden))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (hidden,) = ctx.saved_tensors
+        logits = hidden.new_empty(len(hidden), ctx.vocabulary)
+        return logits.new_empty(hidden.shape), None
 
 
 def _states(model: MaskedCausalLM, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,10 +19,11 @@ import torch
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.rounding import top_circuit
+from fastcircuit.errors import RunError
 from fastcircuit.evaluation.faithfulness import mean_kl
-from fastcircuit.evaluation.metrics import kl_divergence
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
+from fastcircuit.ops.memory import Result, free_cached_memory, with_less
 
 MOST_EXAMPLES = 256
 MOST_SWAPS = 8
@@ -39,19 +40,49 @@ class Refiner:
     Args:
         on_round: called with the stage (``eliminate``, ``regrow``, ``swap``), its rounds done, the most there are, and
             the KL so far.
+        on_note: called with a line when memory runs out and smaller batches are used from then on.
     """
 
     def __init__(
-        self, reference: Reference, most_examples: int = MOST_EXAMPLES, on_round: OnRound | None = None
+        self,
+        reference: Reference,
+        most_examples: int = MOST_EXAMPLES,
+        on_round: OnRound | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> None:
         self.reference = reference
-        indices = torch.arange(min(most_examples, len(reference)))
-        self.batches = [reference.batch(chunk) for chunk in indices.split(BATCH_SIZE)]
-        self.on_round = on_round
+        self.num_examples = min(most_examples, len(reference))
+        self.batch_size = min(BATCH_SIZE, self.num_examples)
+        self.on_round, self.on_note = on_round, on_note
+        self._batches: list[Batch] = []
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The examples, made once."""
+        if not self._batches:
+            indices = torch.arange(self.num_examples)
+            self._batches = [self.reference.batch(chunk) for chunk in indices.split(self.batch_size)]
+        return self._batches
 
     def kl(self, circuit: Circuit) -> float:
         """The circuit's mean KL, in nats."""
-        return mean_kl(self.reference, Masks.from_circuit(circuit), self.batches)
+        return self._fitting(lambda: mean_kl(self.reference, Masks.from_circuit(circuit), self.batches))
+
+    def _fitting(self, measure: Callable[[], Result]) -> Result:
+        """What ``measure`` returns, with batches that fit into memory."""
+        return with_less(measure, self.reference.model.device, self._halve_batches)
+
+    def _halve_batches(self) -> None:
+        self._batches = []
+        if self.batch_size == 1:
+            raise RunError(
+                f"refinement: out of memory with one example at a time; free memory on {self.reference.model.device}, "
+                "use shorter prompts, or leave it out (refine=False)"
+            )
+        self.batch_size //= 2
+        free_cached_memory(self.reference.model.device)
+        if self.on_note is not None:
+            self.on_note(f"out of memory in refinement: going on with {self.batch_size} examples at a time")
 
     def eliminate(self, circuit: Circuit, num_edges: int) -> Circuit | None:
         """Remove edges, the cheapest first, until ``num_edges`` are left; None when no removal ends at that number."""
@@ -146,6 +177,9 @@ class Refiner:
 
     def _gradient(self, circuit: Circuit, kept_only: bool = False) -> np.ndarray:
         """Gradient of the circuit's mean KL in every edge's mask, ``[num_edges]``; ``kept_only`` leaves 0 elsewhere."""
+        return self._fitting(lambda: self._gradient_of_batches(circuit, kept_only))
+
+    def _gradient_of_batches(self, circuit: Circuit, kept_only: bool) -> np.ndarray:
         reference, model = self.reference, self.reference.model
         mask = Masks.from_circuit(circuit).edge.to(model.device, model.mask_dtype).requires_grad_()
         total = sum(batch.size for batch in self.batches)
@@ -153,7 +187,7 @@ class Refiner:
             read = model.final_read(
                 batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens, skip_zeros=kept_only
             )
-            divergence = kl_divergence(batch.answers.log_probs, reference.restrict(model.unembed(read)))
+            divergence = reference.divergence(read, batch.answers.log_probs)
             (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()
         assert mask.grad is not None
         return mask.grad.double().cpu().numpy()

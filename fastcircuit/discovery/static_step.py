@@ -13,9 +13,8 @@ from torch import Tensor
 from fastcircuit.discovery.buckets import Bucket
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
-from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Reference
-from fastcircuit.masks import Masks, sample_at, uniform_
+from fastcircuit.masks import Masks, without_dead_ends
 from fastcircuit.models.masked import MaskedCausalLM
 
 
@@ -73,8 +72,8 @@ class StaticStep:
     ) -> None:
         self.reference, self.model, self.parameters = reference, reference.model, parameters
         self.settings, self.optimizer, self.recompute = parameters.settings, optimizer, recompute
-        edge, node, steps = parameters.edge.detach(), parameters.node.detach(), self.settings.steps
-        self.edge_noise, self.node_noise = torch.full_like(edge, 0.5), torch.full_like(node, 0.5)
+        edge, steps = parameters.edge.detach(), self.settings.steps
+        self.drawn = parameters.draw(0)
         self.product, self.gradient, self.kl = torch.ones_like(edge), torch.zeros_like(edge), edge.new_zeros(())
         self.rates = parameters.rates()
         targets = [parameters.targets(step) for step in range(steps)]
@@ -83,15 +82,18 @@ class StaticStep:
         self.history = torch.zeros(steps, 5, dtype=torch.float64, device=edge.device)
 
     def draw(self, generator: torch.Generator) -> None:
-        """New noise for the masks: the numbers that :meth:`MaskParameters.sample` would draw."""
-        uniform_(self.edge_noise, generator)
-        if self.settings.node_masks:
-            uniform_(self.node_noise, generator)
+        """New noise for the masks, if it comes from the host's generator."""
+        if self.parameters.backend is None:
+            self.parameters.draw_uniform_(self.drawn, generator)
 
     @torch.no_grad()
     def begin(self) -> None:
         """Sample the masks."""
-        self.product.copy_(self._masks().product(self.model.graph))
+        compiled = self.parameters.backend is not None
+        if compiled:
+            self.drawn[1:].copy_(self.step)
+        product = self.parameters.sample(self.drawn).product(self.model.graph)
+        self.product.copy_(without_dead_ends(self.model.graph, product) if compiled else product)
         self.gradient.zero_()
         self.kl.zero_()
 
@@ -105,9 +107,11 @@ class StaticStep:
             self.reference.states(inputs.rows),
             Masks(mask),
             parts["answers"],
+            skip_zeros=True,
             recompute=self.recompute,
+            on_device=True,
         )
-        divergence = kl_divergence(inputs.log_probs, self.reference.restrict(self.model.unembed(read)))
+        divergence = self.reference.divergence(read, inputs.log_probs)
         share = (divergence * parts["weights"].to(divergence.dtype)).sum()
         (gradient,) = torch.autograd.grad(share, mask)
         self.gradient.add_(gradient)
@@ -116,7 +120,7 @@ class StaticStep:
     def finish(self) -> None:
         """The Lagrangian, the update of everything that is learned, and the step's row of the history."""
         parameters, settings = self.parameters, self.settings
-        masks, targets = self._masks(), self.targets.index_select(0, self.step)[0]
+        masks, targets = parameters.sample(self.drawn), self.targets.index_select(0, self.step)[0]
         edge_target, node_target = targets.to(self.kl.dtype)
         penalty, sparsity = parameters.penalty(masks, edge_target, node_target)
         learned = [value for value in parameters.parameters() if value.requires_grad]
@@ -133,8 +137,3 @@ class StaticStep:
         row = torch.stack([self.step[0].double(), *(value.double() for value in values), targets[0]])
         self.history.index_copy_(0, self.step, row[None])
         self.step.add_(1)
-
-    def _masks(self) -> Masks:
-        parameters = self.parameters
-        edge = sample_at(parameters.edge, self.edge_noise)
-        return Masks(edge, sample_at(parameters.node, self.node_noise) if self.settings.node_masks else None)

@@ -14,7 +14,6 @@ from fastcircuit.discovery import upstream
 from fastcircuit.discovery.feeder import Feeder, Prepared
 from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.static_step import Inputs, StaticStep
-from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
 
@@ -36,7 +35,7 @@ class DynamicStepper:
     def compute(self, step: int, indices: Tensor, micro_batch: int, generator: torch.Generator) -> None:
         """Sample masks, and leave the gradient of ``KL + penalty`` in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        masks = self.parameters.sample(generator)
+        masks = self.parameters.sample(self.parameters.draw(step, generator))
         penalty, sparsity = self.parameters.penalty(masks, *self.parameters.targets(step))
         if micro_batch >= len(indices):
             kl = self.divergence(masks, self.reference.batch(indices))
@@ -86,10 +85,9 @@ class DynamicStepper:
             skip_zeros=True,
             recompute=self.recompute,
         )
-        log_probs = self.reference.restrict(self.model.unembed(read))
         if self.settings.upstream_compat:
-            return upstream.divergence(self.model, batch, log_probs)
-        return batch.answers.example_mean(kl_divergence(batch.answers.log_probs, log_probs), batch.size)
+            return upstream.divergence(self.model, batch, self.reference.restrict(self.model.unembed(read)))
+        return batch.answers.example_mean(self.reference.divergence(read, batch.answers.log_probs), batch.size)
 
     def _accumulate(self, masks: Masks, penalty: Tensor, indices: Tensor, micro_batch: int) -> Tensor:
         """The same gradient, some examples at a time: first by the masks, which they share, then through them."""

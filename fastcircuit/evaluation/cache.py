@@ -4,8 +4,9 @@ The first examples are kept on the device, the next ones in host memory (pinned 
 with computing), both up to a budget of bytes; the rest is computed when asked for.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -92,15 +93,17 @@ class ReferenceCache:
             first = last
         self.num_kept = first
 
-    def fill(self, chunks: Callable[[int, int], Iterable[tuple[int, int]]]) -> None:
-        """Compute what is kept, by ``chunks(first, last)`` of the examples ``first`` to ``last``."""
+    def fill(self, in_chunks: Callable[[Callable[[int, int], None], int, int], None]) -> None:
+        """Compute what is kept; ``in_chunks(call, first, last)`` calls ``call`` for ranges that make up that range."""
         for tier in self._tiers:
-            for first, last in chunks(tier.first, tier.last):
-                states, log_probs = self.compute(torch.arange(first, last))
-                self._log_probs_of(tier, first, last).copy_(log_probs)
-                rows = self._rows_of(tier, first, last)
-                if rows is not None and self.shape is not None:
-                    self.shape.write(states, rows)
+            in_chunks(partial(self._fill, tier), tier.first, tier.last)
+
+    def _fill(self, tier: _Tier, first: int, last: int) -> None:
+        states, log_probs = self.compute(torch.arange(first, last))
+        self._log_probs_of(tier, first, last).copy_(log_probs)
+        rows = self._rows_of(tier, first, last)
+        if rows is not None and self.shape is not None:
+            self.shape.write(states, rows)
 
     @property
     def num_on_device(self) -> int:

@@ -4,8 +4,9 @@ Both are computed once per example and kept (see :mod:`fastcircuit.evaluation.ca
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,13 +14,18 @@ from torch import Tensor
 from fastcircuit.circuit import ABLATIONS, Ablation
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.cache import Budgets, ReferenceCache
+from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, StatesShape
+from fastcircuit.ops import answer_kl
+from fastcircuit.ops.backends import is_compiled
+from fastcircuit.ops.memory import ERRORS, free_cached_memory, is_out_of_memory, with_less
 from fastcircuit.tasks.task import Examples
 
 OUTPUT_BIAS = ("split", "kept")
 CHUNK_TOKENS = 4096
+OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Reference:
         answer_tokens: restrict distributions to these tokens; None: the full vocabulary.
         patching: examples whose corrupted prompts give the means; None: ``examples`` themselves.
         budgets: bytes of states and distributions to keep; None: :meth:`Budgets.default`.
+        on_note: called with a line when memory runs out and less is computed at once, or kept.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class Reference:
         answer_tokens: tuple[int, ...] | None = None,
         patching: Examples | None = None,
         budgets: Budgets | None = None,
+        on_note: OnNote | None = None,
     ) -> None:
         if ablation not in ABLATIONS:
             raise InputError(f"ablation is {ablation!r}; accepted: {', '.join(ABLATIONS)}")
@@ -93,11 +101,11 @@ class Reference:
         self.interchange = ablation == "interchange"
         self.answer_tokens = None if answer_tokens is None else torch.tensor(answer_tokens, device=model.device)
         self.constant = (
-            None if self.interchange else _constant_states(model, patching or examples, ablation, output_bias)
+            None if self.interchange else _constant_states(model, patching or examples, ablation, output_bias, on_note)
         )
         self.lengths = examples.attention_mask.sum(1)
         self.counts = examples.answer_mask.sum(1)
-        self.cache = self._cache(Budgets.default(model.device) if budgets is None else budgets)
+        self.cache = self._cache(Budgets.default(model.device) if budgets is None else budgets, on_note)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -153,6 +161,25 @@ class Reference:
         wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
         return torch.log_softmax(wide, dim=-1)
 
+    def divergence(self, read: Tensor, log_probs: Tensor) -> Tensor:
+        """KL(full model || circuit) in nats, ``[N]``, from final reads ``[N, d]`` and the full model's ``[N, V or A]``.
+
+        Where there is a kernel for it, the circuit's logits are nowhere in memory (in backward, their gradient is).
+        """
+        model = self.model
+        weight = self._unembedding
+        if weight is not None and is_compiled("answer_kl", model.backend, read, weight, log_probs):
+            return answer_kl(model.anatomy.final_norm(read), weight, log_probs, backend=model.backend)
+        return kl_divergence(log_probs, self.restrict(model.unembed(read)))
+
+    @property
+    def _unembedding(self) -> Tensor | None:
+        """Rows of the unembedding of the words that count, ``[V or A, d]``; None if it is more than a product."""
+        head = self.model.anatomy.unembed
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+            return None
+        return head.weight if self.answer_tokens is None else head.weight.index_select(0, self.answer_tokens)
+
     def _answers(self, examples: Examples, packing: Packing, log_probs: Tensor) -> Answers:
         mask, device = examples.answer_mask, self.model.device
         return Answers(
@@ -177,19 +204,56 @@ class Reference:
         return self.model.run(examples.corrupted_input_ids, examples.attention_mask)[0]
 
     @torch.no_grad()
-    def _cache(self, budgets: Budgets) -> ReferenceCache:
+    def _cache(self, budgets: Budgets, on_note: OnNote | None) -> ReferenceCache:
         """What fits of the first examples, computed chunk by chunk."""
         ablated, log_probs = self._compute(self.examples.select(torch.arange(1)))
-        cache = ReferenceCache(
-            self.lengths,
-            self.counts,
-            StatesShape.of(ablated) if self.interchange else None,
-            log_probs[:0],
-            lambda indices: self._compute(self.examples.select(indices)),
-            budgets,
-        )
-        cache.fill(lambda first, last: token_chunks(self.lengths, CHUNK_TOKENS, first, last))
-        return cache
+        device = self.model.device
+
+        def filled() -> ReferenceCache:
+            cache = ReferenceCache(
+                self.lengths,
+                self.counts,
+                StatesShape.of(ablated) if self.interchange else None,
+                log_probs[:0],
+                lambda indices: self._compute(self.examples.select(indices)),
+                budgets,
+            )
+            cache.fill(partial(_in_chunks, self.lengths, device, on_note))
+            return cache
+
+        def keep_less() -> None:
+            nonlocal budgets
+            budgets = Budgets(budgets.device // 2, budgets.host // 2)
+            if on_note is not None:
+                on_note(f"out of memory: keeping at most {budgets.device / 2**20:.0f} MiB of the full model's results")
+
+        return with_less(filled, device, keep_less)
+
+
+def _in_chunks(
+    lengths: Tensor,
+    device: torch.device,
+    on_note: OnNote | None,
+    call: Callable[[int, int], None],
+    first: int,
+    last: int,
+) -> None:
+    """``call(first, last)`` for consecutive ranges of examples; for half as many tokens from where memory runs out."""
+    most = CHUNK_TOKENS
+    while first < last:
+        _, end = next(token_chunks(lengths, most, first, last))
+        try:
+            call(first, end)
+        except ERRORS as error:
+            if end - first == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            first = end
+            continue
+        most = int(lengths[first:end].sum()) // 2
+        free_cached_memory(device)
+        if on_note is not None:
+            on_note(f"out of memory in the full model: going on with about {most} tokens at a time")
 
 
 def token_chunks(
@@ -206,18 +270,24 @@ def token_chunks(
         yield first, last
 
 
-def _constant_states(model: MaskedCausalLM, patching: Examples, ablation: str, output_bias: str) -> States:
+def _constant_states(
+    model: MaskedCausalLM, patching: Examples, ablation: str, output_bias: str, on_note: OnNote | None
+) -> States:
     """Mean (over all corrupted tokens, streaming, in float64) or zero states: one vector per writer."""
     if ablation == "zero":
         examples = patching.select(torch.arange(1))
         return model.run(examples.corrupted_input_ids, examples.attention_mask)[0].zero(output_bias)
     totals: list[Tensor] | None = None
     tokens = int(patching.attention_mask.sum())
-    for first, last in token_chunks(patching.attention_mask.sum(1)):
+
+    def add(first: int, last: int) -> None:
+        nonlocal totals
         examples = patching.select(torch.arange(first, last))
         states = model.run(examples.corrupted_input_ids, examples.attention_mask)[0]
         sums = [part.double().sum(1, keepdim=True) for part in (states.embeds, states.heads, states.mlps)]
         totals = sums if totals is None else [total + part for total, part in zip(totals, sums, strict=True)]
+
+    _in_chunks(patching.attention_mask.sum(1), model.device, on_note, add, 0, len(patching))
     assert totals is not None
     embeds, heads, mlps = ((total / tokens).to(model.dtype) for total in totals)
     return States(embeds, heads, mlps)

@@ -1,16 +1,17 @@
-"""One component between its reads and what it writes, forward and back: a block's attention, a block's MLP.
+"""One component between its inputs and what it writes, forward and back: a block's attention, a block's MLP.
 
 Backward is written by hand where it saves memory (norms and projections work in place, on one buffer) and left to
 autograd in between (attention itself, the model's own MLP).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastcircuit.models.anatomy import Attention, Block
+from fastcircuit.models.anatomy import Attention, Block, Projection
+from fastcircuit.models.inputs import Inputs
 
 
 @dataclass
@@ -20,23 +21,22 @@ class AttentionRun:
     Args:
         attention: the heads' weights.
         attend: queries, keys, values ``[heads, T, d_head]`` to ``[T, H * d_head]``, differentiable.
-        reads: what each head's query, then each key, then each value sees, ``[readers, T, d]``; ``[1, T, d]`` when all
-            of them see the same.
+        inputs: of each head's query, then each key, then each value, ``[readers, T, d]`` or ``[1, T, d]`` when all of
+            them see the same; or three, of queries, of keys and of values, to hold one of them at a time. The last one
+            may have plain readers beside those.
     """
 
     attention: Attention
     attend: Callable[[tuple[Tensor, ...]], Tensor]
-    reads: Tensor
+    inputs: Sequence[Inputs]
     _projected: tuple[Tensor, ...] = field(init=False, default=())
     _out: Tensor | None = field(init=False, default=None)
 
     def forward(self, keep_graph: bool) -> Tensor:
         """The heads' outputs before the output projection, ``[T, H * d_head]``."""
-        projections = self.attention.projections
-        normed = self.attention.norm(self.reads)
-        shared = normed.shape[0] == 1
-        parts = [normed] * 3 if shared else normed.split([projection.heads for projection in projections])
-        projected = tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
+        projected: tuple[Tensor, ...] = ()
+        for inputs, projections in self._shares():
+            projected += _project(inputs.forward(), projections)
         if not keep_graph:
             return self.attend(projected)
         with torch.enable_grad():
@@ -44,29 +44,55 @@ class AttentionRun:
             self._out = self.attend(self._projected)
         return self._out.detach()
 
-    def backward(self, grad_out: Tensor, grad_reads: Tensor) -> None:
-        """Write the gradient of the reads into ``grad_reads`` ``[readers, T, d]``."""
-        projections = self.attention.projections
+    def rest(self) -> Tensor:
+        """What the plain readers see, ``[plain, T, d]``."""
+        return self.inputs[-1].rest()
+
+    def backward(self, grad_out: Tensor, grad_rest: Tensor | None = None) -> Iterator[Tensor]:
+        """The gradients of the reads of each of the inputs, ``[readers, T, d]``.
+
+        Args:
+            grad_rest: of what the plain readers saw, ``[plain, T, d]``.
+        """
         assert self._out is not None
-        grads = torch.autograd.grad(self._out, self._projected, grad_out)
-        parts = grad_reads.split([projection.heads for projection in projections])
-        for projection, grad, part in zip(projections, grads, parts, strict=True):
-            projection.backward(grad, part)
-        self.attention.norm.backward_(grad_reads, self.reads.expand_as(grad_reads))
+        grads = list(torch.autograd.grad(self._out, self._projected, grad_out))
+        for inputs, projections in self._shares():
+            heads = [projection.heads for projection in projections]
+            width = projections[0].weight.shape[1]
+            grad = grad_out.new_empty(sum(heads) + inputs.plain, len(grad_out), width)
+            for projection, part in zip(projections, grad[: sum(heads)].split(heads), strict=True):
+                projection.backward(grads.pop(0), part)
+            if inputs.plain:
+                assert grad_rest is not None
+                grad[sum(heads) :] = grad_rest
+            yield inputs.backward_(grad)
+
+    def _shares(self) -> Iterator[tuple[Inputs, tuple[Projection, ...]]]:
+        """Each of the inputs with the projections it is for."""
+        count = len(self.attention.projections) // len(self.inputs)
+        for place, inputs in enumerate(self.inputs):
+            yield inputs, self.attention.projections[place * count : (place + 1) * count]
+
+
+def _project(normed: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """Per-head inputs ``[heads, T, d]``, or one for all, to ``[heads, T, d_head]`` of each of the projections."""
+    shared = normed.shape[0] == 1
+    parts = [normed] * len(projections) if shared else normed.split([projection.heads for projection in projections])
+    return tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
 
 
 @dataclass
 class MlpRun:
-    """The MLP of a block; ``read`` is what it sees, ``[T, d]``."""
+    """The MLP of a block; ``inputs`` is what it sees, ``[1, T, d]``."""
 
     block: Block
-    read: Tensor
+    inputs: Inputs
     _normed: Tensor | None = field(init=False, default=None)
     _out: Tensor | None = field(init=False, default=None)
 
     def forward(self, keep_graph: bool) -> Tensor:
         """What the MLP writes, ``[T, d]``."""
-        normed = self.block.mlp_norm(self.read)
+        normed = self.inputs.forward()[0]
         if not keep_graph:
             return self.block.mlp(normed)
         with torch.enable_grad():
@@ -75,8 +101,8 @@ class MlpRun:
         return self._out.detach()
 
     def backward(self, grad_out: Tensor) -> Tensor:
-        """The gradient of the read, ``[T, d]``."""
+        """The gradient of the read, ``[1, T, d]``."""
         assert self._normed is not None
         assert self._out is not None
         (grad,) = torch.autograd.grad(self._out, self._normed, grad_out)
-        return self.block.mlp_norm.backward_(grad.contiguous(), self.read)
+        return self.inputs.backward_(grad.contiguous()[None])

@@ -52,7 +52,7 @@ class MaskedCausalLM(nn.Module):
         embedding_nodes: ``split``, ``joint`` or ``none`` (see :class:`fastcircuit.graph.Graph`).
         recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster);
             None: keep them while they are estimated to take at most a GiB.
-        backend: which ``masked_read`` to use: ``auto``, ``reference``, ``cpu`` or ``triton``.
+        backend: which kernels to use: ``auto``, ``reference``, ``cpu`` or ``triton``.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class MaskedCausalLM(nn.Module):
         self.graph = Graph.from_config(model.config, embedding_nodes)
         self.recompute = recompute
         self.backend = backend
+        self.fused: bool | None = None  # as in MaskedRun
         self.name: str | None = model.config.name_or_path or None
         self._anatomy: tuple[tuple[int, torch.device, torch.dtype], Anatomy] | None = None
 
@@ -185,17 +186,30 @@ class MaskedCausalLM(nn.Module):
         answers: Tensor,
         skip_zeros: bool = False,
         recompute: bool | None = None,
+        on_device: bool = False,
     ) -> Tensor:
         """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
 
-        ``skip_zeros`` leaves out what only masks of exactly 0 read (see :class:`MaskedRun`); ``recompute`` overrides
-        the model's own.
+        ``skip_zeros`` leaves out what only masks of exactly 0 read, ``on_device`` what of that the device can find
+        alone (see :class:`MaskedRun`); ``recompute`` overrides the model's own.
         """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
         product = masks.product(self.graph).to(device=self.device, dtype=self.mask_dtype)
         recompute = self.recompute if recompute is None else recompute
-        run = MaskedRun(anatomy, self.graph, packing, embeds, ablated, answers, recompute, skip_zeros, self.backend)
+        run = MaskedRun(
+            anatomy,
+            self.graph,
+            packing,
+            embeds,
+            ablated,
+            answers,
+            recompute,
+            skip_zeros,
+            on_device,
+            self.backend,
+            self.fused,
+        )
         return run(product)
 
     @property

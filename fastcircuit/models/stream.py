@@ -8,6 +8,7 @@ Forward fills D block by block without building a graph. Backward walks the bloc
 from its reads (or takes up the graph that was kept), differentiates it alone, and adds into one gradient buffer.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +17,19 @@ from torch.autograd.function import once_differentiable
 
 from fastcircuit.graph import Graph, Site
 from fastcircuit.models.active import Active
-from fastcircuit.models.anatomy import Anatomy
+from fastcircuit.models.anatomy import Anatomy, Attention, NoNorm, Norm
 from fastcircuit.models.components import AttentionRun, MlpRun
+from fastcircuit.models.inputs import FusedReads, Inputs, KeptReads
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
-from fastcircuit.ops import masked_read, masked_read_backward_
+from fastcircuit.ops import live_writers, masked_read, masked_read_backward_
+from fastcircuit.ops.backends import is_compiled
 
 # Readers' inputs up to this size are kept for backward rather than computed twice.
 KEEP_BYTES = 2**30
+# Inputs of a layer that are larger than this are made for queries, keys and values one after the other, each of which
+# reads the stream again.
+TOGETHER_BYTES = 2**30
 
 
 @dataclass
@@ -33,10 +39,12 @@ class LayerRun:
     Args:
         base: what the layer's readers see with all masks 0, ``[T, d]`` (or ``[1, d]``).
         written: what its ablated heads write together; of the last layer, what its MLP sees with all masks 0.
+        live: the writers its readers see (see :func:`fastcircuit.ops.live_writers`); None: all of the stream's.
     """
 
     base: Tensor
     written: Tensor
+    live: Tensor | None = None
     attention: AttentionRun | None = None
     mlp: MlpRun | None = None
 
@@ -62,7 +70,10 @@ class MaskedRun:
             None: keep graphs while the readers' inputs take at most KEEP_BYTES.
         skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change;
             the gradient of a mask that is exactly 0 may be reported as 0, as a clamped hard-concrete sample's is.
-        backend: which ``masked_read`` to use.
+        on_device: with ``skip_zeros``, find out what to leave out without the host, so that shapes and launches stay
+            the same: only rows of the stream are, and only where ``fused``.
+        backend: which kernels to use.
+        fused: read and normalise in one pass; None: where there is a kernel for it.
     """
 
     anatomy: Anatomy
@@ -73,7 +84,9 @@ class MaskedRun:
     answers: Tensor
     recompute: bool | None = None
     skip_zeros: bool = False
+    on_device: bool = False
     backend: str = "auto"
+    fused: bool | None = None
     active: Active = field(init=False)
     stream: Tensor | None = field(init=False, default=None)
     _top: Tensor | None = field(init=False, default=None)
@@ -96,7 +109,9 @@ class MaskedRun:
         return reads > KEEP_BYTES
 
     def forward(self, mask: Tensor, keep_graphs: bool) -> Tensor:
-        on = (mask != 0).cpu().numpy() if self.skip_zeros else None
+        on = (mask != 0).cpu().numpy() if self.skip_zeros and not self.on_device else None
+        if self.fused is None:
+            self.fused = is_compiled("read_norm", self.backend, self.embeds, mask)
         self.active = Active(self.graph, on, mask.device)
         _, tokens, width = self.embeds.shape
         below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
@@ -146,19 +161,22 @@ class MaskedRun:
 
         The heads' reads and what the MLP reads of earlier layers are one ``masked_read``: they share the stream.
         """
-        readers = self.active.num_attention_readers(layer)
+        readers, block = self.active.num_attention_readers(layer), self.anatomy.blocks[layer]
         stream, heads = self._rows_before(self.stream, layer), self._head_rows(self.stream, layer)
-        reads = masked_read(stream, self.active.layer_weights(layer, mask), run.base, backend=self.backend)
+        weights = self.active.layer_weights(layer, mask)
         if readers:
-            run.attention = self._attention(layer, reads[:readers])
+            run.attention = self._attention(layer, run, stream, weights, plain=len(weights) - readers)
             out = run.attention.forward(keep_graphs)
             if ablated is not None:
                 self._write_heads(layer, out, ablated, heads)
         if self.active.is_live(self.graph.mlp_writer(layer)):
-            read = reads[readers:] + run.written
-            if readers:
-                read = masked_read(heads, self.active.mlp_head_weights(layer, mask), read[0], backend=self.backend)
-            run.mlp = MlpRun(self.anatomy.blocks[layer], read[0])
+            if run.attention is not None:
+                read = run.attention.rest() + run.written
+                inputs = self._inputs(block.mlp_norm, heads, self.active.mlp_head_weights(layer, mask), read[0])
+            else:
+                read = masked_read(stream, weights, run.base, backend=self.backend)
+                inputs = KeptReads(block.mlp_norm, read + run.written)
+            run.mlp = MlpRun(block, inputs)
             out = run.mlp.forward(keep_graphs)
             if ablated is not None:
                 torch.sub(out, ablated.mlps[layer], out=self._row(self.stream, self.graph.mlp_writer(layer)))
@@ -168,18 +186,18 @@ class MaskedRun:
         weights = self.active.layer_weights(layer, mask)
         readers = self.active.num_attention_readers(layer)
         heads, grad_heads = self._head_rows(self.stream, layer), self._head_rows(grad_stream, layer)
-        grad_reads = grad_stream.new_empty(weights.shape[0], *grad_stream.shape[1:])
-        of_heads = None
+        of_mlp = of_heads = None
         if run.mlp is not None:
-            grad_reads[readers] = run.mlp.backward(self._row(grad_stream, self.graph.mlp_writer(layer)))
+            of_mlp = run.mlp.backward(self._row(grad_stream, self.graph.mlp_writer(layer)))
             if readers:
                 of_heads = self._add_gradients(
-                    grad_reads[readers:], heads, self.active.mlp_head_weights(layer, mask), grad_heads
+                    [of_mlp], heads, self.active.mlp_head_weights(layer, mask), grad_heads, None
                 )
+        grad_reads: Iterable[Tensor] = [] if of_mlp is None else [of_mlp]
         if run.attention is not None:
-            run.attention.backward(self._grad_heads_out(layer, grad_heads), grad_reads[:readers])
+            grad_reads = run.attention.backward(self._grad_heads_out(layer, grad_heads), of_mlp)
         stream, grad = self._rows_before(self.stream, layer), self._rows_before(grad_stream, layer)
-        grad_weights = self._add_gradients(grad_reads, stream, weights, grad)
+        grad_weights = self._add_gradients(grad_reads, stream, weights, grad, run.live)
         self.active.store_layer(layer, grad_mask, grad_weights, of_heads)
 
     def _forward_top(self, mask: Tensor, base: Tensor, keep_graphs: bool) -> Tensor:
@@ -204,16 +222,15 @@ class MaskedRun:
         layer, graph, active = self.graph.num_layers - 1, self.graph, self.active
         if active.num_attention_readers(layer):
             weights = active.weights(graph.attention_site(layer), mask)
-            run.attention = self._attention(layer, masked_read(self.stream, weights, run.base, backend=self.backend))
+            run.attention = self._attention(layer, run, self.stream, weights)
             out = run.attention.forward(keep_graphs)
             if ablated is not None:
                 out = out.index_select(0, self.answers)
                 self._write_heads(layer, out, ablated, self._head_rows(self._top, layer))
         if active.is_live(graph.mlp_writer(layer)):
             site = graph.mlp_site(layer)
-            rows, weights = self._top[: active.row(site.num_writers)], active.weights(site, mask)
-            read = masked_read(rows, weights, run.written, backend=self.backend)[0]
-            run.mlp = MlpRun(self.anatomy.blocks[layer], read)
+            rows, block = self._top[: active.row(site.num_writers)], self.anatomy.blocks[layer]
+            run.mlp = MlpRun(block, self._inputs(block.mlp_norm, rows, active.weights(site, mask), run.written))
             out = run.mlp.forward(keep_graphs)
             if ablated is not None:
                 torch.sub(out, ablated.mlps[layer], out=self._row(self._top, graph.mlp_writer(layer)))
@@ -225,30 +242,67 @@ class MaskedRun:
         assert self._top is not None
         assert self.stream is not None
         layer, top, grad_top = self.graph.num_layers - 1, self._top, torch.zeros_like(self._top)
-        self._backward_site(self.graph.final_site, mask, grad_read[None].contiguous(), top, grad_top, grad_mask)
+        self._backward_site(self.graph.final_site, mask, [grad_read[None].contiguous()], top, grad_top, grad_mask)
         if run.mlp is not None:
-            grad = run.mlp.backward(self._row(grad_top, self.graph.mlp_writer(layer)))[None]
-            self._backward_site(self.graph.mlp_site(layer), mask, grad, top, grad_top, grad_mask)
+            grad = run.mlp.backward(self._row(grad_top, self.graph.mlp_writer(layer)))
+            self._backward_site(self.graph.mlp_site(layer), mask, [grad], top, grad_top, grad_mask)
         grad_stream.index_copy_(1, self.answers, grad_top[: len(grad_stream)])
         if run.attention is not None:
             grad_answers = self._grad_heads_out(layer, self._head_rows(grad_top, layer))
             grad_out = grad_answers.new_zeros(grad_stream.shape[1], grad_answers.shape[1])
             grad_out.index_copy_(0, self.answers, grad_answers)
-            grad_reads = torch.empty_like(run.attention.reads)
-            run.attention.backward(grad_out, grad_reads)
+            grad_reads = run.attention.backward(grad_out)
             site = self.graph.attention_site(layer)
-            self._backward_site(site, mask, grad_reads, self.stream, grad_stream, grad_mask)
+            self._backward_site(site, mask, grad_reads, self.stream, grad_stream, grad_mask, run.live)
 
     def _backward_site(
-        self, site: Site, mask: Tensor, grad_reads: Tensor, stream: Tensor, grad_stream: Tensor, grad_mask: Tensor
+        self,
+        site: Site,
+        mask: Tensor,
+        grad_reads: Iterable[Tensor],
+        stream: Tensor,
+        grad_stream: Tensor,
+        grad_mask: Tensor,
+        live: Tensor | None = None,
     ) -> None:
         """Pass the gradient of a site's reads on to the masks and rows it reads."""
         rows = self.active.row(site.num_writers)
         weights = self.active.weights(site, mask)
-        self.active.store(site, grad_mask, self._add_gradients(grad_reads, stream[:rows], weights, grad_stream[:rows]))
+        grad_weights = self._add_gradients(grad_reads, stream[:rows], weights, grad_stream[:rows], live)
+        self.active.store(site, grad_mask, grad_weights)
 
-    def _attention(self, layer: int, reads: Tensor) -> AttentionRun:
-        """The live heads of a layer, on their reads."""
+    def _inputs(
+        self,
+        norm: Norm | NoNorm,
+        stream: Tensor,
+        weights: Tensor,
+        base: Tensor,
+        plain: int = 0,
+        live: Tensor | None = None,
+    ) -> Inputs:
+        """What readers with these masks see of these rows of the stream."""
+        if self.fused and isinstance(norm, Norm):
+            return FusedReads(norm, stream, weights, base, plain, live, self.backend)
+        return KeptReads(norm, masked_read(stream, weights, base, live=live, backend=self.backend), plain)
+
+    def _attention_inputs(
+        self, attention: Attention, run: LayerRun, stream: Tensor, weights: Tensor, plain: int
+    ) -> list[Inputs]:
+        """What a layer's heads and its MLP see; or, where that is large, queries, keys, and the rest, one by one."""
+        if self.fused and self.skip_zeros and self.on_device and run.live is None:
+            run.live = live_writers(weights, backend=self.backend)
+        sizes = [len(weights)]
+        if self.fused and len(weights) * run.base.numel() * run.base.element_size() > TOGETHER_BYTES:
+            queries, keys, values = (projection.heads for projection in attention.projections)
+            sizes = [queries, keys, values + plain]
+        parts = weights.split(sizes)
+        return [
+            self._inputs(attention.norm, stream, part, run.base, plain if part is parts[-1] else 0, run.live)
+            for part in parts
+        ]
+
+    def _attention(self, layer: int, run: LayerRun, stream: Tensor, weights: Tensor, plain: int = 0) -> AttentionRun:
+        """The live heads of a layer, on what they read; ``plain`` more readers share the pass over the stream."""
         attention, head_to_kv = self.anatomy.blocks[layer].attention, None
         if not self.active.everything:
             live = self.active.heads(layer)
@@ -256,10 +310,10 @@ class MaskedRun:
             groups, head_to_kv = torch.unique(live // group, return_inverse=True)
             attention = attention.take(live, groups)
 
-        def run(projected: tuple[Tensor, ...]) -> Tensor:
+        def attends(projected: tuple[Tensor, ...]) -> Tensor:
             return attend(attention, projected, self.rotary, self.packing, self.anatomy.causal, head_to_kv)
 
-        return AttentionRun(attention, run, reads)
+        return AttentionRun(attention, attends, self._attention_inputs(attention, run, stream, weights, plain))
 
     def _write_heads(self, layer: int, out: Tensor, ablated: States, rows: Tensor) -> None:
         """Write the live heads' ``rows`` from their outputs before the output projection."""
@@ -303,11 +357,25 @@ class MaskedRun:
         assert rows is not None
         return rows[self.active.row(self.graph.head_writer(layer)) : self.active.row(self.graph.mlp_writer(layer))]
 
-    def _add_gradients(self, grad_reads: Tensor, stream: Tensor, weights: Tensor, grad_stream: Tensor) -> Tensor:
-        """Add to the stream's gradient in place; returns the mask's."""
-        grad = masked_read_backward_(grad_reads, stream, weights, grad_stream, backend=self.backend)
-        assert grad is not None
-        return grad
+    def _add_gradients(
+        self,
+        grad_reads: Iterable[Tensor],
+        stream: Tensor,
+        weights: Tensor,
+        grad_stream: Tensor,
+        live: Tensor | None,
+    ) -> Tensor:
+        """Add to the stream's gradient in place, for some readers after the others; returns the mask's."""
+        found: list[Tensor] = []
+        first = 0
+        for grad in grad_reads:
+            rows, first = weights[first : first + len(grad)], first + len(grad)
+            found_here = masked_read_backward_(grad, stream, rows, grad_stream, live=live, backend=self.backend)
+            assert found_here is not None
+            found.append(found_here)
+        if not found:  # nothing of the layer is live
+            return torch.zeros_like(weights)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _take_heads(heads: Tensor, index: Tensor, num_heads: int) -> Tensor:

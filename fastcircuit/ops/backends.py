@@ -57,6 +57,13 @@ def choose(op: str, backend: str, *tensors: Tensor | None) -> Callable:
     return getattr(module, op)
 
 
+def is_compiled(op: str, backend: str, *tensors: Tensor | None) -> bool:
+    """Whether ``op`` on these tensors is a kernel of its own, and not the plain torch of the specification."""
+    if backend == "auto":
+        return _best(op, tensors) is not launcher("reference")
+    return backend != "reference" and not unsupported_reasons(op, backend, *tensors)
+
+
 def _best(op: str, tensors: tuple[Tensor | None, ...]) -> ModuleType:
     first = tensors[0]
     assert first is not None

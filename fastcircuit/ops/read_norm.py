@@ -17,6 +17,7 @@ def read_norm(
     eps: float,
     *,
     centered: bool,
+    plain: int = 0,
     live: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -31,19 +32,23 @@ def read_norm(
         stream, mask, base, live: as in :func:`fastcircuit.ops.masked_read`.
         weight, bias: ``[d]`` in the dtype of ``stream``, without gradients; RMSNorm has no bias.
         eps: added to the variance or mean square.
+        plain: how many of the last readers get their reads as they are: so readers behind another norm share the pass
+            over the stream.
         backend: ``"auto"``, or a name from ``fastcircuit.ops.available_backends()``.
 
     Returns:
         ``y`` ``[R, T, d]`` in the dtype of ``stream``, and ``[2, R, T]`` in the accumulation dtype, without gradient:
-        the means (0 for RMSNorm) and ``1 / sqrt(...)``.
+        the means (0 for RMSNorm) and ``1 / sqrt(...)``; 0 and 1 for a plain read.
 
     Raises:
         InputError: shapes, dtypes or devices do not fit, ``weight`` or ``bias`` requires grad, or the backend asked for
             by name cannot run them.
     """
-    _check(stream, mask, base, weight, bias, centered)
+    _check(stream, mask, base, weight, bias, centered, plain)
     check_live("read_norm", live, stream)
-    y, stats = torch.ops.fastcircuit.read_norm.default(stream, mask, base, weight, bias, eps, centered, live, backend)
+    y, stats = torch.ops.fastcircuit.read_norm.default(
+        stream, mask, base, weight, bias, eps, centered, plain, live, backend
+    )
     return y, stats.detach()
 
 
@@ -56,6 +61,7 @@ def read_norm_grad(
     weight: Tensor,
     *,
     centered: bool,
+    plain: int = 0,
     live: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -64,7 +70,7 @@ def read_norm_grad(
     ``rstd * (g - mean(g) - xn * mean(g * xn))`` with ``g = grad * weight`` and the normalised read ``xn``, without
     ``mean(g)`` for RMSNorm. What the stream and the mask get is ``masked_read_backward_`` of it.
     """
-    _check(stream, mask, base, weight, None, centered)
+    _check(stream, mask, base, weight, None, centered, plain)
     check_live("read_norm_grad", live, stream)
     shape = (len(mask), *stream.shape[1:])
     if grad.shape != shape or grad.dtype != stream.dtype or stats.shape != (2, *shape[:2]):
@@ -73,14 +79,16 @@ def read_norm_grad(
             f" {stream.dtype} {list(shape)} and {[2, *shape[:2]]}"
         )
     return torch.ops.fastcircuit.read_norm_grad.default(
-        grad, stats, stream, mask, base, weight, centered, live, backend
+        grad, stats, stream, mask, base, weight, centered, plain, live, backend
     )
 
 
 def _check(
-    stream: Tensor, mask: Tensor, base: Tensor | None, weight: Tensor, bias: Tensor | None, centered: bool
+    stream: Tensor, mask: Tensor, base: Tensor | None, weight: Tensor, bias: Tensor | None, centered: bool, plain: int
 ) -> None:
     check_operands("read_norm", stream, mask, base)
+    if not 0 <= plain <= len(mask):
+        raise InputError(f"read_norm: plain is {plain}; accepted is 0 to the number of readers, {len(mask)}")
     if bias is not None and not centered:
         raise InputError("read_norm: RMSNorm (centered=False) has no bias; accepted is None")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -99,12 +107,12 @@ _LIB = torch.library.Library("fastcircuit", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
     "read_norm(Tensor stream, Tensor mask, Tensor? base, Tensor weight, Tensor? bias, float eps, bool centered,"
-    " Tensor? live, str backend) -> (Tensor, Tensor)",
+    " int plain, Tensor? live, str backend) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(
     "read_norm_grad(Tensor grad, Tensor stats, Tensor stream, Tensor mask, Tensor? base, Tensor weight, bool centered,"
-    " Tensor? live, str backend) -> Tensor",
+    " int plain, Tensor? live, str backend) -> Tensor",
     tags=_TAGS,
 )
 
@@ -118,15 +126,16 @@ def _read_norm(
     bias: Tensor | None,
     eps: float,
     centered: bool,
+    plain: int,
     live: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     run = choose("read_norm", backend, stream, mask, base, live)
-    return run(stream, mask, base, weight, bias, eps, centered, live)
+    return run(stream, mask, base, weight, bias, eps, centered, plain, live)
 
 
 @torch.library.register_fake("fastcircuit::read_norm", lib=_LIB)
-def _read_norm_fake(stream, mask, base, weight, bias, eps, centered, live, backend):
+def _read_norm_fake(stream, mask, base, weight, bias, eps, centered, plain, live, backend):
     wide = torch.float64 if stream.dtype == torch.float64 else torch.float32
     readers, (_, tokens, width) = mask.shape[0], stream.shape
     return stream.new_empty(readers, tokens, width), stream.new_empty(2, readers, tokens, dtype=wide)
@@ -141,20 +150,21 @@ def _read_norm_grad(
     base: Tensor | None,
     weight: Tensor,
     centered: bool,
+    plain: int,
     live: Tensor | None,
     backend: str,
 ) -> Tensor:
     run = choose("read_norm_grad", backend, grad, stream, mask, base, live)
-    return run(grad, stats, stream, mask, base, weight, centered, live)
+    return run(grad, stats, stream, mask, base, weight, centered, plain, live)
 
 
 @torch.library.register_fake("fastcircuit::read_norm_grad", lib=_LIB)
-def _read_norm_grad_fake(grad, stats, stream, mask, base, weight, centered, live, backend):
+def _read_norm_grad_fake(grad, stats, stream, mask, base, weight, centered, plain, live, backend):
     return grad.new_empty(grad.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    stream, mask, base, weight, _, _, ctx.centered, live, ctx.backend = inputs
+    stream, mask, base, weight, _, _, ctx.centered, ctx.plain, live, ctx.backend = inputs
     ctx.save_for_backward(output[1], stream, mask, base, weight, live)
 
 
@@ -162,7 +172,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):
     needs_stream, needs_mask, needs_base, *_rest = ctx.needs_input_grad
     stats, stream, mask, base, weight, live = ctx.saved_tensors
     grad_reads = torch.ops.fastcircuit.read_norm_grad.default(
-        grad, stats, stream, mask, base, weight, ctx.centered, live, ctx.backend
+        grad, stats, stream, mask, base, weight, ctx.centered, ctx.plain, live, ctx.backend
     )
     grad_stream = grad_mask = None
     if needs_stream or needs_mask:
@@ -173,7 +183,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):
         grad_stream if needs_stream else None,
         grad_mask if needs_mask else None,
         grad_reads.sum(0) if needs_base and base is not None else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 

@@ -226,14 +226,18 @@ def read_norm(
     bias: Tensor | None,
     eps: float,
     centered: bool,
+    plain: int = 0,
     live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``norm(masked_read(...))``, the means (0 for RMSNorm) and ``1 / deviation``."""
+    """``norm(masked_read(...))``, the means (0 for RMSNorm) and ``1 / deviation``; the last ``plain`` reads as read."""
     reads = masked_read(stream, mask, base, live)
-    y = layer_norm(reads, weight, bias, eps) if centered else rms_norm(reads, weight, eps)
+    normed = len(mask) - plain
+    y = layer_norm(reads[:normed], weight, bias, eps) if centered else rms_norm(reads[:normed], weight, eps)
     wide = reads.to(accumulation_dtype(reads.dtype))
     mean = wide.mean(-1) if centered else wide.new_zeros(wide.shape[:-1])
-    return y, torch.stack([mean, torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)])
+    rstd = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
+    mean[normed:], rstd[normed:] = 0, 1
+    return torch.cat([y, reads[normed:]]), torch.stack([mean, rstd])
 
 
 def read_norm_grad(
@@ -244,6 +248,7 @@ def read_norm_grad(
     base: Tensor | None,
     weight: Tensor,
     centered: bool,
+    plain: int = 0,
     live: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the reads, from that of their norm."""
@@ -253,4 +258,6 @@ def read_norm_grad(
     along_x = (g * normed).mean(-1, keepdim=True)
     if centered:
         g = g - g.mean(-1, keepdim=True)
-    return (rstd * (g - normed * along_x)).to(grad.dtype).contiguous()
+    grad_reads = (rstd * (g - normed * along_x)).to(grad.dtype).contiguous()
+    grad_reads[len(mask) - plain :] = grad[len(mask) - plain :]
+    return grad_reads

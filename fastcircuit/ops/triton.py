@@ -167,13 +167,16 @@ def read_norm(
     bias: Tensor | None,
     eps: float,
     centered: bool,
+    plain: int = 0,
     live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised reads and their statistics."""
+    """Normalised reads, the last ``plain`` as they are, and their statistics."""
     from fastcircuit_kernels import read_norm as kernels
 
     base, bias = (None if tensor is None else tensor.contiguous() for tensor in (base, bias))
-    return kernels.read_norm(stream, mask, base, weight.contiguous(), bias, eps, centered, live, float32_precision())
+    return kernels.read_norm(
+        stream, mask, base, weight.contiguous(), bias, eps, centered, plain, live, float32_precision()
+    )
 
 
 def read_norm_grad(
@@ -184,6 +187,7 @@ def read_norm_grad(
     base: Tensor | None,
     weight: Tensor,
     centered: bool,
+    plain: int = 0,
     live: Tensor | None = None,
 ) -> Tensor:
     """The gradient of the reads."""
@@ -198,6 +202,7 @@ def read_norm_grad(
         base,
         weight.contiguous(),
         centered,
+        plain,
         live,
         float32_precision(),
     )

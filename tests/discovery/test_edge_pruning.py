@@ -194,6 +194,29 @@ def test_refining_lowers_the_training_kl_and_keeps_the_size(model, ablation):
     assert rounds[-1] == pytest.approx(after, rel=1e-4)
 
 
+def test_out_of_memory_in_refinement_halves_the_batches(model, monkeypatch):
+    reference, notes = Reference(model, make_task().split("train")), []
+    circuit = top_circuit(model.graph, np.random.default_rng(1).normal(size=model.graph.num_edges), 30)
+    expected, refiner = Refiner(reference), Refiner(reference, on_note=notes.append)
+    kl, gradient = expected.kl(circuit), expected._gradient(circuit)
+    whole, most = MaskedCausalLM.final_read, [3]
+
+    def final_read(self, token_ids, packing, *rest, **options):
+        if packing.shape[0] > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return whole(self, token_ids, packing, *rest, **options)
+
+    monkeypatch.setattr(MaskedCausalLM, "final_read", final_read)
+    assert refiner.kl(circuit) == pytest.approx(kl, rel=1e-5)
+    most[0] = 1
+    np.testing.assert_allclose(refiner._gradient(circuit), gradient, rtol=1e-3, atol=1e-6)
+    assert refiner.batch_size == 1
+    assert notes[-1] == "out of memory in refinement: going on with 1 examples at a time"
+    most[0] = 0
+    with pytest.raises(RunError, match="refinement: out of memory with one example at a time; free memory on cpu"):
+        refiner.kl(circuit)
+
+
 def test_elimination_is_the_greedy_one(model):
     reference = Reference(model, make_task().split("train"))
     refiner = Refiner(reference)

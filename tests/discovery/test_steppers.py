@@ -125,14 +125,32 @@ class NothingFromTheHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("node_masks", [True, False])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral-window", "qwen2-mixed-window"])
-def test_a_micro_batch_asks_the_host_for_nothing(name, node_masks):
-    """On meta tensors, which have shapes alone: what depends on a number fails, and so does what is on the host."""
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        ("gpt2", False),
+        ("llama", False),
+        ("mistral-window", False),
+        ("qwen2-mixed-window", False),
+        ("gpt2", True),
+        ("llama", True),
+    ],
+)
+def test_a_micro_batch_asks_the_host_for_nothing(name, compiled, node_masks, monkeypatch):
+    """On meta tensors, which have shapes alone: what depends on a number fails, and so does what is on the host.
+
+    ``compiled``: the ops that a GPU has kernels for, of which there are shapes too.
+    """
     device = torch.device("meta")
     reference = Reference(MaskedCausalLM(tiny_model(name)), make_task().split("train"))
     run = EdgePruning(reference, 40, dataclasses.replace(SETTINGS, node_masks=node_masks), execution=Execution("fixed"))
+    if compiled:
+        run.parameters.backend = "reference"
+        run.stepper = run._stepper(Execution("fixed"))
+        monkeypatch.setattr("fastcircuit.evaluation.reference.is_compiled", lambda *operands: True)
     inputs = filled(reference, Bucket.of(reference, torch.arange(4), 4), torch.arange(4))
     static = to_meta(run, name, device)
+    static.model.fused = compiled
     inputs = Inputs(inputs.bucket, inputs.numbers.to(device), inputs.rows.to(device), inputs.log_probs.to(device))
     static.begin()  # what is asked for once, and kept
     static.accumulate(inputs)
@@ -144,7 +162,7 @@ def test_a_micro_batch_asks_the_host_for_nothing(name, node_masks):
             inputs.bucket.split(inputs.numbers)["token_ids"],
             inputs.bucket.packing(inputs.bucket.split(inputs.numbers)),
             reference.states(inputs.rows),
-            run.parameters.sample(None),
+            run.parameters.sample(static.drawn),
             inputs.bucket.split(inputs.numbers)["answers"],
             skip_zeros=True,
         )

@@ -59,6 +59,41 @@ def test_small_budgets_keep_the_first_examples(model, monkeypatch, ablation, dev
             torch.testing.assert_close(getattr(found.ablated, name), getattr(expected.ablated, name))
 
 
+@pytest.mark.parametrize("ablation", ["interchange", "mean"])
+def test_out_of_memory_halves_what_is_computed_at_once(model, monkeypatch, ablation):
+    examples, notes, whole = make_task().split("train"), [], MaskedCausalLM.run
+    expected = Reference(model, examples, ablation)
+
+    def run(self, input_ids, attention_mask=None):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return whole(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(MaskedCausalLM, "run", run)
+    found = Reference(model, examples, ablation, on_note=notes.append)
+    assert notes[0].startswith("out of memory in the full model: going on with about ")
+    assert found.cache.num_kept == len(examples)
+    for own, other in zip(found.cache.take(torch.arange(5)), expected.cache.take(torch.arange(5)), strict=True):
+        torch.testing.assert_close(own, other)
+    if ablation == "mean":
+        torch.testing.assert_close(found.constant.heads, expected.constant.heads)
+
+
+def test_out_of_memory_that_stays_keeps_less(model, monkeypatch):
+    notes, whole, calls = [], MaskedCausalLM.run, []
+
+    def run(self, input_ids, attention_mask=None):
+        calls.append(input_ids)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return whole(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(MaskedCausalLM, "run", run)
+    reference = Reference(model, make_task().split("train"), budgets=Budgets(9000, 0), on_note=notes.append)
+    assert reference.cache.num_kept == 0
+    assert "keeping at most 0 MiB" in notes[-1]
+
+
 def cached_bytes(cache):
     held = [part for tier in cache._tiers for part in (tier.rows, tier.log_probs) if part is not None]
     return sum(part.numel() * part.element_size() for part in held)

@@ -1,23 +1,12 @@
 """What every op is tested under: each backend and instruction set, with fresh memory poisoned."""
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from fastcircuit.ops import available_backends
 from fastcircuit.ops import cpu as cpu_launcher
-
-# A checkout that is not installed has kernels/ under its own name only.
-if importlib.util.find_spec("fastcircuit_kernels") is None:
-    package = ModuleType("fastcircuit_kernels")
-    package.__path__ = [str(Path(__file__).parents[2] / "kernels")]
-    package.__spec__ = importlib.util.spec_from_loader("fastcircuit_kernels", loader=None, is_package=True)
-    sys.modules["fastcircuit_kernels"] = package
 
 
 def usable_backends() -> list[str]:

@@ -150,6 +150,7 @@ def test_triton_kernels_in_the_interpreter():
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the other tests already run the Triton kernels")
     tests = [str(Path(__file__).with_name(f"test_{op}.py")) for op in TRITON_OPS]
+    tests.append(str(ROOT / "tests" / "discovery" / "test_triton_step.py"))
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", "triton"],
         cwd=ROOT,

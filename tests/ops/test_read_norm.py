@@ -82,6 +82,27 @@ def test_gradcheck(backend, centered, with_base):
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("plain", [1, 5])
+@pytest.mark.parametrize("centered", [True, False], ids=["layer", "rms"])
+def test_plain_reads_are_left_as_they_are(backend, fused, plain, centered):
+    (stream, mask, base, weight, bias), grad = _operands((5, 13, 3, 50), torch.float32, torch.float32)
+    operands, bias = (stream, mask, base, weight), bias if centered else None
+    whole, of_whole = read_norm(*operands, bias, EPS, centered=centered, backend=backend)
+    y, stats = read_norm(*operands, bias, EPS, centered=centered, plain=plain, backend=backend)
+    assert torch.equal(y[: 5 - plain], whole[: 5 - plain])
+    assert torch.equal(stats[:, : 5 - plain], of_whole[:, : 5 - plain])
+    torch.testing.assert_close(y[5 - plain :], reference.masked_read(stream, mask, base)[5 - plain :])
+    of_reads = read_norm_grad(grad, of_whole, *operands, centered=centered, backend=backend)
+    ours = read_norm_grad(grad, stats, *operands, centered=centered, plain=plain, backend=backend)
+    assert torch.equal(ours[: 5 - plain], of_reads[: 5 - plain])
+    assert torch.equal(ours[5 - plain :], grad[5 - plain :])
+    leaves = [t.clone().requires_grad_() for t in (stream, mask, base)]
+    by_autograd = torch.autograd.grad(
+        read_norm(*leaves, weight, bias, EPS, centered=centered, plain=plain, backend=backend)[0], leaves, grad
+    )
+    torch.testing.assert_close(by_autograd[2], ours.sum(0))
+
+
 def test_rows_that_are_not_live_are_not_read(backend, fused):
     (stream, mask, base, weight, bias), grad = _operands((5, 40, 2, 50), torch.float32, torch.float32)
     mask[:, ::2] = 0
@@ -122,10 +143,10 @@ def test_opcheck(backend):
     (stream, mask, base, weight, bias), grad = _operands((3, 4, 2, 6), torch.float32, torch.float32)
     op, live = torch.ops.fastcircuit, live_writers(mask)
     leaves = [t.clone().requires_grad_() for t in (stream, mask, base)]
-    torch.library.opcheck(op.read_norm.default, (*leaves, weight, bias, EPS, True, None, backend))
-    torch.library.opcheck(op.read_norm.default, (stream, mask, None, weight, None, EPS, False, live, backend))
+    torch.library.opcheck(op.read_norm.default, (*leaves, weight, bias, EPS, True, 0, None, backend))
+    torch.library.opcheck(op.read_norm.default, (stream, mask, None, weight, None, EPS, False, 2, live, backend))
     stats = torch.rand(2, 3, 2)
-    torch.library.opcheck(op.read_norm_grad.default, (grad, stats, stream, mask, base, weight, True, live, backend))
+    torch.library.opcheck(op.read_norm_grad.default, (grad, stats, stream, mask, base, weight, True, 1, live, backend))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +154,7 @@ def test_opcheck(backend):
     [
         ({"weight": torch.ones(3)}, r"weight is torch\.float32 \[3\] on cpu; accepted is torch\.float32 \[4\]"),
         ({"bias": torch.ones(4, requires_grad=True)}, "bias requires grad; only stream, mask and base"),
+        ({"plain": 2}, "plain is 2; accepted is 0 to the number of readers, 1"),
         ({"centered": False}, "RMSNorm .* has no bias"),
         ({"backend": "cpu"}, "it has no read_norm"),
     ],

@@ -1,0 +1,97 @@
+"""A whole step on the Triton kernels, in Triton's interpreter: the step of the other backends, skipping included."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from fastcircuit.discovery import Settings, static_step
+from fastcircuit.discovery.buckets import Bucket
+from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.execution import Execution
+from fastcircuit.discovery.static_step import StaticStep
+from fastcircuit.evaluation.reference import Reference
+from fastcircuit.models import stream
+from fastcircuit.models.inputs import FusedReads
+from fastcircuit.models.masked import MaskedCausalLM
+from tests.discovery.test_edge_pruning import make_task
+from tests.discovery.test_steppers import filled
+from tests.models.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is not in its interpreter")
+
+# At this level a fifth of the masks is 0, and about as many are 1.
+SETTINGS = Settings(steps=4, batch_size=3, learning_rate=0.5, learning_rate_warmup=1, initial_log_alpha=0.5)
+
+
+def stepped(name, backend, changes=None, nodes="split", recompute=None):
+    """The gradient by every edge's mask and the state after a step, in float32, of two examples in micro-batches."""
+    model = MaskedCausalLM(tiny_model(name, torch.float32), nodes, backend=backend)
+    settings = dataclasses.replace(SETTINGS, **(changes or {}))
+    reference = Reference(model, make_task().split("train"), settings.ablation)
+    run = EdgePruning(reference, 40, settings, execution=Execution("fixed", recompute=recompute))
+    # The same numbers in every backend: those that the kernel draws.
+    run.parameters.backend = run.parameters.backend or "reference"
+    static = StaticStep(reference, run.parameters, run.parameters.optimizer(on_device=True), recompute)
+    static.begin()
+    for indices in (torch.tensor([2]), torch.tensor([7])):
+        static.accumulate(filled(reference, Bucket.of(reference, indices, 1), indices))
+    static.finish()
+    return static
+
+
+def assert_same(found, expected, tolerance=2e-4):
+    assert found.parameters.backend != expected.parameters.backend
+    torch.testing.assert_close(found.product, expected.product, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.kl, expected.kl, rtol=tolerance, atol=1e-6)
+    open_masks = (expected.product > 0) & (expected.product < 1)
+    assert 0.2 < open_masks.float().mean() < 0.9
+    gradients = found.gradient[open_masks], expected.gradient[open_masks]
+    assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[1].norm()
+    torch.testing.assert_close(found.history[0], expected.history[0], rtol=tolerance, atol=1e-6)
+    for own, other in zip(found.parameters.parameters(), expected.parameters.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "nodes", "recompute"),
+    [
+        ("gpt2", {}, "split", None),
+        ("llama", {"node_target": 0.5, "sparsity_estimate": "expected"}, "none", True),
+        ("llama-biases-head-dim", {"node_masks": False, "ablation": "mean"}, "joint", None),
+    ],
+)
+def test_a_step_on_triton_is_the_step_of_the_cpu(name, changes, nodes, recompute, monkeypatch):
+    used = []
+    whole = FusedReads.backward_
+    monkeypatch.setattr(FusedReads, "backward_", lambda self, grad: used.append(self.live) or whole(self, grad))
+    found = stepped(name, "triton", changes, nodes, recompute)
+    assert sum(live is not None for live in used) == 2 * 3  # every layer, of both micro-batches
+    used.clear()
+    assert_same(found, stepped(name, "auto", changes, nodes, recompute))
+    assert not used
+
+
+def test_what_triton_leaves_out_changes_nothing(monkeypatch):
+    """At a third of the masks on, writers are skipped in every layer, and heads that nothing reads do not read."""
+    sparse = {"initial_log_alpha": -1.5}
+    skipping = stepped("gpt2", "triton", sparse)
+    monkeypatch.setattr(stream, "live_writers", lambda weights, backend: None)
+    monkeypatch.setattr(static_step, "without_dead_ends", lambda graph, product: product)
+    whole = stepped("gpt2", "triton", sparse)
+    assert (whole.product != skipping.product).any()
+    torch.testing.assert_close(skipping.kl, whole.kl, rtol=1e-6, atol=0)  # sums in another order
+    open_masks = (skipping.product > 0) & (skipping.product < 1)
+    torch.testing.assert_close(skipping.gradient[open_masks], whole.gradient[open_masks], rtol=1e-3, atol=1e-6)
+    dead = (skipping.product == 0) & (whole.product != 0)
+    assert not skipping.gradient[dead].any()
+    assert not whole.gradient[dead].any()  # exactly
+
+
+def test_inputs_that_are_too_large_to_be_made_together(monkeypatch):
+    expected = stepped("llama", "triton")
+    monkeypatch.setattr(stream, "TOGETHER_BYTES", 0)
+    found = stepped("llama", "triton")
+    torch.testing.assert_close(found.kl, expected.kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-3, atol=1e-6)
