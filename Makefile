@@ -62,12 +62,14 @@ bench-plot: setup  ## draw the rows of bench/results: the pictures of the README
 # Every method on both shipped models with three seeds; what is finished is not run again.
 SWEEPS := bench/results/sweeps
 SWEEP_SEEDS ?= 0,1,2
+SWEEP_WORKERS ?= 2
 sweep: setup  ## compare all methods on the shipped models: tables and plots in bench/results/sweeps
 	$(BIN)/fastcircuit sweep stories260K --task pronoun --train-size 150 --test-size 150 --steps 400 --batch-size 8 \
-	  --sparsities 0.9,0.95,0.97,0.98 --thresholds 0.001,0.003,0.01,0.03 --seeds $(SWEEP_SEEDS) --out $(SWEEPS)/pronoun
+	  --sparsities 0.9,0.95,0.97,0.98 --thresholds 0.001,0.003,0.01,0.03 --seeds $(SWEEP_SEEDS) \
+	  --workers $(SWEEP_WORKERS) --out $(SWEEPS)/pronoun
 	$(BIN)/fastcircuit sweep induction-gpt2 --task induction --train-size 150 --test-size 150 --steps 400 --batch-size 8 \
 	  --sparsities 0.5,0.65,0.75,0.85 --thresholds 0.003,0.01,0.03,0.1,0.3 --seeds $(SWEEP_SEEDS) \
-	  --truth bench/cases/induction_circuit.json --out $(SWEEPS)/induction
+	  --truth bench/cases/induction_circuit.json --workers $(SWEEP_WORKERS) --out $(SWEEPS)/induction
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'

@@ -1,9 +1,10 @@
 """``fastcircuit sweep``."""
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -22,6 +23,11 @@ from fastcircuit.cli.options import (
 )
 from fastcircuit.cli.sources import check_source, load_model, load_task
 from fastcircuit.errors import InputError
+
+if TYPE_CHECKING:
+    from fastcircuit.report.progress import Watcher
+    from fastcircuit.sweep.plan import Job, Plan
+    from fastcircuit.sweep.runner import OnRun, Sweep
 
 Value = TypeVar("Value")
 
@@ -59,6 +65,9 @@ def sweep(
         str | None,
         typer.Option(help="Known circuit: a file, or a manual circuit by name. Adds rates and ROC curves."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Runs at a time, each in a process with its share of the threads.", min=1)
+    ] = 1,
     embedding_nodes: Nodes = EmbeddingNodes.split,
     device: OnDevice = Device.auto,
     dtype: InDtype = Dtype.float32,
@@ -73,7 +82,8 @@ def sweep(
     from fastcircuit.report.tables import sweep_table
     from fastcircuit.sweep.plan import METHODS, Plan
     from fastcircuit.sweep.plots import write_plots
-    from fastcircuit.sweep.runner import Sweep, check_plan
+    from fastcircuit.sweep.pool import run_in_workers
+    from fastcircuit.sweep.runner import check_plan
     from fastcircuit.sweep.tables import circuit_rows, summary, write_tables
 
     check_source(task, data)
@@ -93,19 +103,15 @@ def sweep(
     )
     check_plan(plan, out)
     check_writable(out)
-    masked = load_model(model, device, dtype, embedding_nodes)
-    known = None if truth is None else Truth.load(truth, masked.graph)
-    running = Sweep(plan, out, masked, lambda seed: load_task(model, masked, task, data, seed, plan.sizes))
-    started, first = time.perf_counter(), [0]
-
+    open_sweep = functools.partial(_open, plan, out, device, dtype, embedding_nodes, task, data)
+    running = open_sweep()
+    known = None if truth is None else Truth.load(truth, running.model.graph)
     with watch(stderr) as watcher:
-
-        def on_run(name: str, done: int, most: int) -> None:
-            first[0] = first[0] or done - 1
-            left = (time.perf_counter() - started) / (done - first[0]) * (most - done)
-            watcher.on_run(name, done, most, left)
-
-        running.run(on_run)
+        on_run = _reporter(running, watcher)
+        if workers > 1:
+            run_in_workers(running, open_sweep, workers, on_run)
+        else:
+            running.run(on_run)
     files = [*write_tables(running, out, known), *write_plots(running, out, known)]
     rows = summary(circuit_rows(running))
     if as_json:
@@ -113,6 +119,28 @@ def sweep(
     else:
         stdout.print(sweep_table(rows, plan.task, plan.split))
         stdout.print("wrote " + ", ".join(str(path) for path in files), soft_wrap=True)
+
+
+def _open(
+    plan: "Plan", out: Path, device: Device, dtype: Dtype, nodes: EmbeddingNodes, task: str | None, data: Path | None
+) -> "Sweep":
+    """The sweep in ``out``, with the model loaded; in workers too."""
+    from fastcircuit.sweep.runner import Sweep
+
+    masked = load_model(plan.model, device, dtype, nodes)
+    return Sweep(plan, out, masked, lambda seed: load_task(plan.model, masked, task, data, seed, plan.sizes))
+
+
+def _reporter(running: "Sweep", watcher: "Watcher") -> "OnRun":
+    """Tells ``watcher`` of every run, with the time left by what runs of a kind cost."""
+    started, left, spent = time.perf_counter(), sum(job.cost for job in running.missing), 0.0
+
+    def on_run(job: "Job", done: int, most: int) -> None:
+        nonlocal left, spent
+        left, spent = left - job.cost, spent + job.cost
+        watcher.on_run(job.name, done, most, (time.perf_counter() - started) / spent * left)
+
+    return on_run
 
 
 def _listed(text: str, kind: Callable[[str], Value], option: str) -> list[Value]:

@@ -120,7 +120,7 @@ class _Component:
         kv = heads[:1] // group
         taken = [self.projected[0][heads], self.projected[1][kv], self.projected[2][kv]]
         taken = [values.repeat(1, copies, 1) for values in taken]
-        own = self.attention.projections[part].take(torch.tensor([index], device=reads.device))
+        own = self.attention.projections[part].one(index)
         taken[part] = own(self.attention.norm(reads.flatten(0, 1))[None])
         run = self.patching.run(copies)
         every = torch.zeros_like(heads)

@@ -15,20 +15,23 @@ from fastcircuit.discovery.exact import which_projection
 from fastcircuit.discovery.plain_run import PlainRun
 from fastcircuit.discovery.points import CleanPoint
 from fastcircuit.models.states import attend
+from fastcircuit.ops import masked_read
 
 
 @dataclass
 class Trial:
-    """K variants of the circuit, each with its loss.
+    """K variants of the circuit, each with its loss. To be used before its run's next trial, which takes its memory.
 
     Args:
         losses: summed over the batch's examples, float64 ``[K]``.
         updates: tensors of the current circuit; the tokens (None: all) at which variants differ, and what they put
             there, ``[K, ...]``.
+        changes: tensors of the current circuit, and what variants add to them, ``[K, ...]``.
     """
 
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     updates: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
+    changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def commit(self, variant: int) -> None:
         """Make one variant the current circuit."""
@@ -37,21 +40,43 @@ class Trial:
                 current.copy_(variants[variant])
             else:
                 current.index_copy_(0, tokens, variants[variant])
+        for current, variants in self.changes:
+            current += variants[variant]
+
+
+@dataclass
+class _Rows:
+    """Writers whose rows differ from the current circuit's, and by how much: the first rows of ``buffer``.
+
+    Args:
+        buffer: ``[W, K, T, d]``, or ``[W, K, N, d]``.
+    """
+
+    buffer: Tensor
+    writers: list[int] = field(default_factory=list)
+
+    def add(self, writers: np.ndarray) -> Tensor:
+        """Rows for some more writers, to be filled in."""
+        first = len(self.writers)
+        self.writers += writers.tolist()
+        return self.buffer[first : len(self.writers)]
+
+    def read(self, mask: np.ndarray) -> Tensor:
+        """The sums of rows that ``mask`` ``[R, n]`` asks for, ``[R, K, T or N, d]``."""
+        rows = self.buffer[: len(self.writers)]
+        weights = torch.from_numpy(mask).to(rows.device, rows.dtype if rows.dtype.itemsize > 2 else torch.float32)
+        return masked_read(rows.flatten(1, 2), weights).unflatten(1, rows.shape[1:3])
 
 
 class _Changes:
-    """Writers whose rows differ from the current circuit's, and by how much: ``[n, K, T, d]``, or ``[n, K, N, d]``."""
+    """Rows of writers that are needed everywhere, and of all at the answers."""
 
-    def __init__(self, answers: Tensor) -> None:
-        self.answers = answers
-        self.everywhere: list[tuple[np.ndarray, Tensor]] = []
-        self.at_answers: list[tuple[np.ndarray, Tensor]] = []
+    def __init__(self, everywhere: Tensor, at_answers: Tensor, answers: Tensor) -> None:
+        self.everywhere, self.at_answers, self.answers = _Rows(everywhere), _Rows(at_answers), answers
 
-    def add(self, writers: np.ndarray, rows: Tensor, everywhere: bool) -> None:
-        if everywhere:
-            self.everywhere.append((writers, rows))
-            rows = rows.index_select(2, self.answers)
-        self.at_answers.append((writers, rows))
+    def narrow(self, writers: np.ndarray, rows: Tensor) -> Tensor:
+        """Add rows that were filled in to those at the answers."""
+        return torch.index_select(rows, 2, self.answers, out=self.at_answers.add(writers))
 
 
 class IncrementalRun:
@@ -71,6 +96,7 @@ class IncrementalRun:
         self._outputs: dict[int, Tensor] = {}
         self._projected: dict[int, tuple[Tensor, ...]] = {}
         self._runs: dict[int, PlainRun] = {}
+        self._memory = [self.differences.below.new_empty(0) for _ in range(2)]
 
     @torch.no_grad()
     def enter(self, number: int) -> None:
@@ -116,7 +142,7 @@ class IncrementalRun:
     def _behind(self, number: int, row: int, removed: Tensor) -> Trial:
         """Variants in which reader ``row`` of site ``number`` sees less, by ``[K, T, d]`` or ``[K, N, d]``."""
         reads = {row: self._read(number, row) - removed}
-        trial, changes = Trial(), _Changes(self.clean.answers)
+        trial, changes = Trial(), self._no_changes(len(removed))
         for site in range(number, self.clean.num_sites + 1):
             if site > number:
                 reads = self._changed_reads(site, changes)
@@ -169,23 +195,19 @@ class IncrementalRun:
         wide = self._sum_changes(number, np.flatnonzero(everywhere), kept, changes.everywhere)
         return wide | self._sum_changes(number, np.flatnonzero(at_answers), kept, changes.at_answers)
 
-    def _sum_changes(
-        self, number: int, rows: np.ndarray, kept: np.ndarray, changes: list[tuple[np.ndarray, Tensor]]
-    ) -> dict[int, Tensor]:
+    def _sum_changes(self, number: int, rows: np.ndarray, kept: np.ndarray, changes: _Rows) -> dict[int, Tensor]:
         """The inputs of those of ``rows`` that read any of ``changes``."""
-        reading = np.zeros(len(rows), dtype=bool)
-        for writers, _ in changes:
-            reading |= kept[np.ix_(rows, writers)].any(1)
-        rows = rows[reading]
-        if not len(rows):
+        if not len(rows) or not changes.writers:
             return {}
-        reads = changes[0][1].new_zeros(len(rows), *changes[0][1].shape[1:])
-        for writers, changed in changes:
-            mask = torch.from_numpy(kept[np.ix_(rows, writers)]).to(changed)
-            reads.flatten(1).addmm_(mask, changed.flatten(1))
-        for read, row in zip(reads, rows.tolist(), strict=True):
+        mask = kept[rows][:, changes.writers]
+        reading = mask.any(1)
+        if not reading.any():
+            return {}
+        reads = changes.read(mask[reading])
+        found = dict(zip(rows[reading].tolist(), reads, strict=True))
+        for row, read in found.items():
             read += self._read(number, row)
-        return dict(zip(rows.tolist(), reads, strict=True))
+        return found
 
     def _run_mlp(self, site: int, reads: dict[int, Tensor], trial: Trial, changes: _Changes) -> None:
         """Run an MLP on changed reads."""
@@ -193,7 +215,9 @@ class IncrementalRun:
         out = block.mlp(block.mlp_norm(reads[0]))
         current = self._outputs[writer]
         trial.updates.append((current, None, out))
-        self._change(np.array([writer]), (out - current)[None], trial, changes)
+        rows = self._rows(np.array([writer]), changes)
+        torch.sub(out, current, out=rows[0])
+        self._note(np.array([writer]), rows, trial, changes)
 
     def _run_heads(self, site: int, reads: dict[int, Tensor], trial: Trial, changes: _Changes) -> None:
         """Run the live heads that changed reads feed."""
@@ -220,18 +244,32 @@ class IncrementalRun:
         trial.updates += [(tensor, None, variants) for tensor, variants in zip(current, out, strict=True)]
         weight = self.clean.anatomy.blocks[layer].attention.out_weight[torch.from_numpy(heads)]
         change = (out - torch.stack(current)[:, None]).flatten(1, 2)
-        self._change(writers, torch.bmm(change, weight).unflatten(1, out.shape[1:3]), trial, changes)
+        rows = self._rows(writers, changes)
+        torch.bmm(change, weight, out=rows.flatten(1, 2))
+        self._note(writers, rows, trial, changes)
 
-    def _change(self, writers: np.ndarray, rows: Tensor, trial: Trial, changes: _Changes) -> None:
-        """Note changed writers, ``[n, K, T, d]`` or ``[n, K, N, d]``; all alike in where they are needed."""
-        everywhere = bool(self._writers_everywhere[writers[0]])
-        changes.add(writers, rows, everywhere)
-        below, top = self.differences.below, self.differences.top
-        at_answers = changes.at_answers[-1][1]
-        for place, writer in enumerate(writers.tolist()):
-            if everywhere:
-                trial.updates.append((below[writer], None, below[writer] + rows[place]))
-            trial.updates.append((top[writer], None, top[writer] + at_answers[place]))
+    def _rows(self, writers: np.ndarray, changes: _Changes) -> Tensor:
+        """Where to put by how much writers change; all alike in where they are needed."""
+        return (changes.everywhere if self._writers_everywhere[writers[0]] else changes.at_answers).add(writers)
+
+    def _note(self, writers: np.ndarray, rows: Tensor, trial: Trial, changes: _Changes) -> None:
+        """Pass on changed rows, ``[n, K, T, d]`` or ``[n, K, N, d]``, that are filled in."""
+        below, top, numbers = self.differences.below, self.differences.top, writers.tolist()
+        if self._writers_everywhere[writers[0]]:
+            trial.changes += zip((below[writer] for writer in numbers), rows, strict=True)
+            rows = changes.narrow(writers, rows)
+        trial.changes += zip((top[writer] for writer in numbers), rows, strict=True)
+
+    def _no_changes(self, copies: int) -> _Changes:
+        """An empty list of changes of so many variants, in memory that every trial uses again."""
+        answers, tensors = self.clean.answers, (self.differences.below, self.differences.top)
+        buffers = []
+        for number, tensor in enumerate(tensors):
+            wanted = copies * tensor.numel()
+            if len(self._memory[number]) < wanted:
+                self._memory[number] = tensor.new_empty(wanted)
+            buffers.append(self._memory[number][:wanted].view(len(tensor), copies, *tensor.shape[1:]))
+        return _Changes(buffers[0], buffers[1], answers)
 
     def _fed_heads(self, layer: int, reads: dict[int, Tensor]) -> np.ndarray:
         """Live heads of a layer that some changed reader feeds."""
@@ -254,7 +292,7 @@ class IncrementalRun:
         ]
         for row, read in reads.items():
             part, index = which_projection(row, graph.num_heads, graph.num_kv_heads)
-            projection = attention.projections[part].take(torch.tensor([index], device=read.device))
+            projection = attention.projections[part].one(index)
             values = projection(attention.norm(read.flatten(0, 1))[None])[0].unflatten(0, (copies, -1))
             tokens = None if self._everywhere(site, row) else answers
             trial.updates.append((self._projected[site][part][index], tokens, values))

@@ -72,6 +72,11 @@ class Projection:
         bias = None if self.bias is None else self.bias.index_select(0, heads)
         return Projection(self.weight.index_select(0, heads), bias)
 
+    def one(self, head: int) -> "Projection":
+        """Only this head, not copied."""
+        place = slice(head, head + 1)
+        return Projection(self.weight[place], None if self.bias is None else self.bias[place])
+
     def backward(self, grad: Tensor, grad_x: Tensor) -> None:
         """Write the gradient of ``x`` ``[heads, T, d]`` into ``grad_x``, given that of the result."""
         torch.bmm(grad, self.weight.transpose(1, 2), out=grad_x)

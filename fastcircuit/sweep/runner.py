@@ -18,7 +18,7 @@ from fastcircuit.sweep.extraction import extraction_rows
 from fastcircuit.sweep.plan import EXTRACTION, Job, Plan, is_attribution
 from fastcircuit.tasks.task import Task
 
-OnRun = Callable[[str, int, int], None]
+OnRun = Callable[[Job, int, int], None]
 TaskOfSeed = Callable[[int], Task]
 
 
@@ -45,24 +45,37 @@ class Sweep:
         """Run what has no file yet.
 
         Args:
-            on_run: called after every run with its name, how many are done, and how many there are.
+            on_run: called after every run with how many are done, and how many there are.
         """
-        missing = [job for job in self.jobs if not self.path(job).exists()]
-        done = len(self.jobs) - len(missing)
+        done = len(self.finished)
+        for job in self.begin():
+            self.run_job(job)
+            done += 1
+            if on_run is not None:
+                on_run(job, done, len(self.jobs))
+
+    def begin(self) -> list[Job]:
+        """The runs that have no file yet; when there are any, the plan is written down."""
+        missing = self.missing
         if missing:
             self._at(missing[0].seed)  # whatever is wrong with the task is said before anything is written
             write_json(self.directory / "plan.json", self.plan.fixed())
-        for job in missing:
-            if not self.path(job).exists():  # another process may work in the same directory
-                self._run(job)
-            done += 1
-            if on_run is not None:
-                on_run(job.name, done, len(self.jobs))
+        return missing
+
+    def run_job(self, job: Job) -> None:
+        """Run ``job``, unless another process that works in the same directory has."""
+        if not self.path(job).exists():
+            self._run(job)
 
     @property
     def finished(self) -> list[Job]:
         """The runs that have a file."""
         return [job for job in self.jobs if self.path(job).exists()]
+
+    @property
+    def missing(self) -> list[Job]:
+        """The runs that have none yet."""
+        return [job for job in self.jobs if not self.path(job).exists()]
 
     def path(self, job: Job) -> Path:
         """The file of a finished run."""

@@ -67,7 +67,7 @@ def test_plans_that_cannot_be_run_are_refused(changes, message):
 def test_a_stopped_sweep_goes_on(model, tmp_path):
     whole = sweep(model, tmp_path / "whole")
     done = []
-    whole.run(lambda name, *_: done.append(name))
+    whole.run(lambda job, *_: done.append(job.name))
     assert done == [job.name for job in whole.jobs]
     rows = circuit_rows(whole)
     assert [row["edges"] for row in rows if row["method"] != "acdc"] == 2 * 2 * sorted(
@@ -77,7 +77,7 @@ def test_a_stopped_sweep_goes_on(model, tmp_path):
     class Stopped(Exception):
         pass
 
-    def stop(name, number, most):
+    def stop(job, number, most):
         if number == 5:
             raise Stopped
 
@@ -87,7 +87,7 @@ def test_a_stopped_sweep_goes_on(model, tmp_path):
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped" / "runs").iterdir()}
     assert len(kept) == 5
     done.clear()
-    again.run(lambda name, *_: done.append(name))
+    again.run(lambda job, *_: done.append(job.name))
     assert len(done) == len(again.jobs) - 5
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert circuit_rows(again) == rows
@@ -164,3 +164,13 @@ def test_the_command_writes_tables_and_plots(shelf, finished, answer, run):
 )
 def test_bad_input_is_one_line(refuses, command, message):
     refuses(f"sweep {{shelf}}/gpt2 --data {{shelf}}/pairs.jsonl --out s {command}", message)
+
+
+def test_workers_find_what_one_process_does(shelf, answer):
+    arguments = ["sweep", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--methods", "eap-ig,random,acdc"]
+    sizes = ["--sparsities", "0.8,0.9", "--thresholds", "0.3", "--seeds", "0,1"]
+    alone, spread = (
+        answer(*arguments, *sizes, *more, "--out", out)["sweep"] for more, out in (([], "a"), (["--workers", "2"], "b"))
+    )
+    assert alone == spread
+    assert answer(*arguments, *sizes, "--workers", "2", "--out", "b")["sweep"] == spread  # nothing is left to run

@@ -2,15 +2,15 @@
 
 - The model runs hooked: the input of a block is copied once per head for queries, for keys and for values,
   ``[B, S, H, d]`` each; the norm, its scale folded into the weights, is written out on every copy; projections are per
-  head; attention is eager; every head's result ``[B, S, H, d]`` is materialised before the sum; the MLP reads a copy;
-  logits are computed at every position.
+  head; attention is eager; every head's result ``[B, S, H, d]`` is the sum of a broadcast product ``[B, S, H,
+  d_head, d]``; the MLP reads a copy; logits are computed at every position.
 - One buffer ``[B, S, F, d]`` holds corrupted minus clean of all F writers.
 - Three forward passes for EAP: corrupted, clean (for the metric), clean again with the graph. EAP-IG: corrupted, clean,
   and one with the graph per point.
 - In the backward pass every copy's gradient meets all earlier writers in one einsum.
+- The gradients of all weights are computed too, and thrown away.
 
-Left out, in its favour: the gradients of all weights, which the published code computes too and throws away, hooks that
-do nothing, and the second copy of the weights.
+Left out, in its favour: hooks that do nothing, and the gradient of the embeddings.
 """
 
 from collections.abc import Callable
@@ -40,6 +40,8 @@ class PublishedAttribution:
         self.blocks = [self._folded(block) for block in self.body.h]
         norm = self.body.ln_f
         self.final = (self.unembed * norm.weight).T.contiguous(), norm.bias @ self.unembed.T, norm.eps
+        for weight in (*(weight for block in self.blocks for weight in block.values()), *self.final[:2]):
+            weight.requires_grad_()
 
     def eap(self, clean: Tensor, corrupted: Tensor) -> Tensor:
         """At the clean run; ids ``[B, S]``."""
@@ -94,12 +96,12 @@ class PublishedAttribution:
             return {
                 "qkv": (qkv * block.ln_1.weight[:, None]).contiguous(),
                 "qkv_bias": shift,
-                "out": attn.c_proj.weight.view(heads, -1, self.width),
-                "out_bias": attn.c_proj.bias,
+                "out": attn.c_proj.weight.detach().view(heads, -1, self.width),
+                "out_bias": attn.c_proj.bias.detach(),
                 "in": block.ln_2.weight[:, None] * mlp.c_fc.weight,
                 "in_bias": mlp.c_fc.bias + block.ln_2.bias @ mlp.c_fc.weight,
-                "mlp_out": mlp.c_proj.weight,
-                "mlp_bias": mlp.c_proj.bias,
+                "mlp_out": mlp.c_proj.weight.detach(),
+                "mlp_bias": mlp.c_proj.bias.detach(),
             }
 
     def _norm(self, x: Tensor) -> Tensor:
@@ -150,7 +152,8 @@ class PublishedAttribution:
         scores = torch.einsum("bqhe,bkhe->bhqk", query, key) / query.shape[-1] ** 0.5
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         pattern = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1)
-        return torch.einsum("bqhe,hed->bqhd", torch.einsum("bhqk,bkhe->bqhe", pattern, value), weights["out"])
+        mixed = torch.einsum("bhqk,bkhe->bqhe", pattern, value)
+        return (mixed[..., None] * weights["out"]).sum(-2)
 
     @staticmethod
     def _score(scores: Tensor, difference: Tensor, grad: Tensor, first: int) -> None:
