@@ -46,16 +46,15 @@ void set_mask_value(void* mask, Dtype dtype, int64_t at, double value) {
   }
 }
 
-// panels[block][inner][row of the block]: blocks of `panel_rows` of the outer index, the last one narrower.
+// panels[block][inner][row of the block]: blocks of at most `panel_rows` of the outer index.
 template <class A>
 void fill_panels(const void* mask, Dtype dtype, int64_t outer, int64_t outer_stride, int64_t inner,
                  int64_t inner_stride, int64_t panel_rows, A* panels) {
-  for (int64_t o = 0; o < outer; o += panel_rows) {
-    const int64_t rows = std::min(panel_rows, outer - o);
+  const RowBlocks blocks(outer, panel_rows);
+  for (int64_t block = 0; block < blocks.count; ++block)
     for (int64_t i = 0; i < inner; ++i)
-      for (int64_t row = 0; row < rows; ++row)
-        *panels++ = A(mask_value(mask, dtype, (o + row) * outer_stride + i * inner_stride));
-  }
+      for (int64_t o = blocks.begin(block); o < blocks.begin(block + 1); ++o)
+        *panels++ = A(mask_value(mask, dtype, o * outer_stride + i * inner_stride));
 }
 
 void fill_panels(const void* mask, Dtype dtype, bool wide, int64_t outer, int64_t outer_stride, int64_t inner,

@@ -39,6 +39,16 @@ struct BackwardParams {
   Isa isa;
 };
 
+// `total` rows in as few blocks of at most `most` as there can be, of sizes that differ by one at most: a block of one
+// or two rows would be multiplied at a fraction of the speed.
+struct RowBlocks {
+  int64_t total, count;
+
+  RowBlocks(int64_t total, int64_t most) : total(total), count((total + most - 1) / most) {}
+  int64_t begin(int64_t block) const { return total * block / count; }
+  int64_t rows(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
 void masked_read(const ReadParams& params);
 void masked_read_backward(const BackwardParams& params);
 
@@ -51,7 +61,7 @@ using BackwardRange = void (*)(const BackwardParams&, const void* panels, void* 
 // The kernels of one instruction set for one stream dtype.
 struct Kernels {
   int64_t tile_columns;  // ranges start at multiples of this
-  int64_t panel_rows;    // rows of the mask interleaved in one panel
+  int64_t panel_rows;    // the most rows of the mask interleaved in one panel
   int64_t (*read_scratch)(const ReadParams&);
   ReadRange read;
   int64_t (*backward_scratch)(const BackwardParams&);

@@ -32,7 +32,7 @@ FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t 
   Vec<A> acc[Rows][kVecs];
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVecs; ++v)
-      acc[i][v] = accumulate ? Traits<G>::load(g + i * stride + v * kLanes) : Vec<A>{};
+      acc[i][v] = Vec<A>{};
   Prefetch ahead = prefetch;
   for (int64_t r = 0; r < readers; ++r) {
     ahead.step();
@@ -45,7 +45,10 @@ FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t 
   }
   prefetch = ahead;
   for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < kVecs; ++v) Traits<G>::store(g + i * stride + v * kLanes, acc[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      G* to = g + i * stride + v * kLanes;
+      Traits<G>::store(to, accumulate ? acc[i][v] + Traits<G>::load(to) : acc[i][v]);
+    }
 }
 
 template <class G, int Rows = kRows, class A = typename Traits<G>::Accumulate>
@@ -70,17 +73,16 @@ FC_INLINE void sum_accumulators(Vec<A>* acc, A* total) {
 #endif
 }
 
-// sums[r * sums_stride + w] += <x_r, d_w> over `tiles` tiles, for Readers x kDotWriters pairs at once. Only the
-// first `writers` of them are kept; the others repeat a row that exists.
-template <class S, int Readers, class A = typename Traits<S>::Accumulate>
-FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride, int64_t writers, int64_t tiles,
-                         double* sums, int64_t sums_stride, Prefetch& prefetch) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  const S* rows[kDotWriters];
-  for (int j = 0; j < kDotWriters; ++j) rows[j] = d + (j < writers ? j : 0) * stride;
-  Vec<A> acc[Readers][kDotWriters];
+// sums[Readers, Writers] += <x_i, d_j> over `tiles` tiles.
+template <class S, int Readers, int Writers, class A = typename Traits<S>::Accumulate>
+FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride, int64_t tiles, double* sums,
+                         Prefetch& prefetch) {
+  constexpr int kLanes = Simd<A>::kLanes, kPairs = Readers * Writers;
+  const S* rows[Writers];
+  for (int j = 0; j < Writers; ++j) rows[j] = d + j * stride;
+  Vec<A> acc[Readers][Writers];
   for (int i = 0; i < Readers; ++i)
-    for (int j = 0; j < kDotWriters; ++j) acc[i][j] = Vec<A>{};
+    for (int j = 0; j < Writers; ++j) acc[i][j] = Vec<A>{};
   Prefetch ahead = prefetch;
   for (int64_t t = 0; t < tiles; ++t) {
 #pragma GCC unroll 1
@@ -88,73 +90,110 @@ FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride
       ahead.step();
       Vec<A> xi[Readers];
       for (int i = 0; i < Readers; ++i) xi[i] = Traits<A>::load(x + (t * readers + i) * kTile<A> + v * kLanes);
-      for (int j = 0; j < kDotWriters; ++j) {
+      for (int j = 0; j < Writers; ++j) {
         const Vec<A> dj = Traits<S>::load(rows[j] + t * kTile<A> + v * kLanes);
         for (int i = 0; i < Readers; ++i) acc[i][j] += xi[i] * dj;
       }
     }
   }
   prefetch = ahead;
-  A total[(Readers * kDotWriters + kLanes - 1) / kLanes * kLanes];
-  sum_accumulators<A, Readers * kDotWriters>(&acc[0][0], total);
-  for (int i = 0; i < Readers; ++i)
-    for (int64_t j = 0; j < writers; ++j) sums[i * sums_stride + j] += total[i * kDotWriters + j];
+  A total[(kPairs + kLanes - 1) / kLanes * kLanes];
+  sum_accumulators<A, kPairs>(&acc[0][0], total);
+  for (int i = 0; i < kPairs; ++i) sums[i] += total[i];
 }
 
-template <class S, class A = typename Traits<S>::Accumulate>
-void dot_rows(const A* x, int64_t readers, const S* d, int64_t stride, int64_t writers, int64_t tiles, double* sums,
-              int64_t sums_stride, Prefetch& prefetch) {
-  int64_t r = 0;
-  for (; r + kDotReaders <= readers; r += kDotReaders)
-    dot_block<S, kDotReaders>(x + r * kTile<A>, readers, d, stride, writers, tiles, sums + r * sums_stride,
-                              sums_stride, prefetch);
-  for (; r < readers; ++r)
-    dot_block<S, 1>(x + r * kTile<A>, readers, d, stride, writers, tiles, sums + r * sums_stride, sums_stride,
-                      prefetch);
+// sums[readers, writers] += <x_r, d_w> for a block of at most kDotWriters writers, by groups of readers.
+template <class S, int Writers = kDotWriters, class A = typename Traits<S>::Accumulate>
+void dot_rows(int64_t writers, const A* x, int64_t readers, const S* d, int64_t stride, int64_t tiles, double* sums,
+              Prefetch& next_d, Prefetch& next_x) {
+  if (writers == Writers) {
+    int64_t r = 0;
+    for (; r + kDotReaders <= readers; r += kDotReaders)
+      dot_block<S, kDotReaders, Writers>(x + r * kTile<A>, readers, d, stride, tiles, sums + r * Writers,
+                                         next_d.done() ? next_x : next_d);
+    for (; r < readers; ++r)
+      dot_block<S, 1, Writers>(x + r * kTile<A>, readers, d, stride, tiles, sums + r * Writers,
+                               next_d.done() ? next_x : next_d);
+  } else if constexpr (Writers > 1) {
+    dot_rows<S, Writers - 1>(writers, x, readers, d, stride, tiles, sums, next_d, next_x);
+  }
 }
 
 // Copies columns [begin, begin + width) of grad_reads to packed[tile][reader][kTile], zero beyond width.
 template <class S, class A = typename Traits<S>::Accumulate>
 void pack_grad_reads(const BackwardParams& p, A* packed, int64_t begin, int64_t width) {
   constexpr int kLanes = Simd<A>::kLanes;
-  const S* x = static_cast<const S*>(p.grad_reads) + begin;
-  for (int64_t r = 0; r < p.readers; ++r) {
-    for (int64_t c = 0; c < width; c += kLanes) {
-      A* to = packed + ((c / kTile<A>)*p.readers + r) * kTile<A> + c % kTile<A>;
-      S edge[kLanes] = {};
-      const S* from = x + r * p.grad_reads_stride + c;
-      if (width - c < kLanes) from = static_cast<const S*>(std::memcpy(edge, from, sizeof(S) * (width - c)));
-      Traits<A>::store(to, Traits<S>::load(from));
-    }
-    for (int64_t c = (width + kLanes - 1) / kLanes * kLanes; c % kTile<A> != 0; c += kLanes)
-      Traits<A>::store(packed + ((c / kTile<A>)*p.readers + r) * kTile<A> + c % kTile<A>, Vec<A>{});
+  for (int64_t tile = 0; tile < width; tile += kTile<A>) {
+    const S* x = static_cast<const S*>(p.grad_reads) + begin + tile;
+    const int64_t left = width - tile;
+    for (int64_t r = 0; r < p.readers; ++r, x += p.grad_reads_stride)
+      for (int v = 0; v < kVecs; ++v, packed += kLanes)
+        Traits<A>::store(packed, v * kLanes < left ? load_some(x + v * kLanes, left - v * kLanes) : Vec<A>{});
   }
 }
 
 template <class S, class G, class A = typename Traits<S>::Accumulate>
 struct Backward {
+  // Sums, grad_reads of a panel, and copies for the edge.
   static int64_t scratch(const BackwardParams& p) {
-    return wide_tile<A>(p.readers) * (p.readers * sizeof(A) + kRows * (sizeof(S) + sizeof(G)));
+    const int64_t column_bytes = p.readers * sizeof(A) + kRows * (sizeof(S) + sizeof(G));
+    return sums_size(p) * sizeof(double) + wide_tile<A>(p.readers) * column_bytes;
   }
 
-  // Fetches the next block of writers while this one is computed.
-  template <class T>
-  static Prefetch ahead(const T* next, int64_t stride, int64_t left, int64_t width) {
-    const int64_t rows = left < kRows ? left : kRows;
-    return next && left > 0 ? Prefetch(next, stride * int64_t(sizeof(T)), rows, width * int64_t(sizeof(T))) : Prefetch();
+  static void range(const BackwardParams& p, const void* panels, void* scratch, double* grad_mask, int64_t begin,
+                    int64_t end) {
+    const int64_t step = wide_tile<A>(p.readers);
+    double* const sums = static_cast<double*>(scratch);
+    A* const x = reinterpret_cast<A*>(sums + sums_size(p));
+    char* const copies = reinterpret_cast<char*>(x + step * p.readers);
+    const RowBlocks blocks(p.writers, kRows);
+    std::memset(sums, 0, sizeof(double) * p.readers * p.writers);
+    for (; begin < end; begin += step) {
+      const int64_t width = end - begin < step ? end - begin : step, after = begin + step;
+      const int64_t next_width = end < after ? 0 : end - after < step ? end - after : step;
+      pack_grad_reads<S>(p, x, begin, width);
+      Prefetch next_x(static_cast<const S*>(p.grad_reads) + after, p.grad_reads_stride, p.readers, next_width);
+      for (int64_t i = 0; i < blocks.count; ++i) {
+        const int64_t w = blocks.begin(i), rows = blocks.rows(i);
+        const A* z = static_cast<const A*>(panels) + w * p.readers;
+        const S* d = static_cast<const S*>(p.stream) + w * p.stream_stride + begin;
+        G* g = p.grad_stream ? static_cast<G*>(p.grad_stream) + w * p.grad_stream_stride + begin : nullptr;
+        double* block_sums = grad_mask ? sums + w * p.readers : nullptr;
+        if (width % kTile<A> != 0) {
+          edge_block(p, z, x, d, g, rows, width, block_sums, copies);
+          continue;
+        }
+        // Next is the block below, or after the last one the first of the next panel.
+        const bool below = i + 1 < blocks.count;
+        const int64_t next = below ? i + 1 : 0, column = below ? 0 : step, down = blocks.begin(next) - w;
+        const int64_t next_columns = below ? width : next_width;
+        Prefetch next_d(d + down * p.stream_stride + column, p.stream_stride, blocks.rows(next), next_columns);
+        Prefetch next_g;
+        if (g)
+          next_g = {g + down * p.grad_stream_stride + column, p.grad_stream_stride, blocks.rows(next), next_columns};
+        block(p, z, x, d, p.stream_stride, g, p.grad_stream_stride, rows, width / kTile<A>, block_sums, next_d, next_g,
+              next_x);
+      }
+    }
+    if (grad_mask) add_sums(p, sums, grad_mask);
+  }
+
+ private:
+  static int64_t sums_size(const BackwardParams& p) {
+    return (p.readers * p.writers + Simd<double>::kLanes - 1) / Simd<double>::kLanes * Simd<double>::kLanes;
   }
 
   // `tiles` whole tiles of one block of writers.
   static void block(const BackwardParams& p, const A* z, const A* x, const S* d, int64_t d_stride, G* g,
-                    int64_t g_stride, int64_t rows, int64_t tiles, double* sums, Prefetch& next_d, Prefetch& next_g) {
-    if (sums)
-      for (int64_t j = 0; j < rows; j += kDotWriters)
-        dot_rows<S>(x, p.readers, d + j * d_stride, d_stride, rows - j < kDotWriters ? rows - j : kDotWriters, tiles,
-                    sums + j, p.writers, next_d);
-    if (g)
-      for (int64_t t = 0; t < tiles; ++t)
-        grad_tile_rows<G>(rows, z, x + t * p.readers * kTile<A>, p.readers, g + t * kTile<A>, g_stride, p.accumulate,
-                          next_g);
+                    int64_t g_stride, int64_t rows, int64_t tiles, double* sums, Prefetch& next_d, Prefetch& next_g,
+                    Prefetch& next_x) {
+    const RowBlocks groups(rows, kDotWriters);
+    for (int64_t i = 0; sums && i < groups.count; ++i)
+      dot_rows<S>(groups.rows(i), x, p.readers, d + groups.begin(i) * d_stride, d_stride, tiles,
+                  sums + groups.begin(i) * p.readers, next_d, next_x);
+    for (int64_t t = 0; g && t < tiles; ++t)
+      grad_tile_rows<G>(rows, z, x + t * p.readers * kTile<A>, p.readers, g + t * kTile<A>, g_stride, p.accumulate,
+                        next_g);
   }
 
   // A tile whose width is not a multiple of kTile goes through copies that are.
@@ -169,35 +208,20 @@ struct Backward {
       if (g && p.accumulate) std::memcpy(g_copy + j * wide, g + j * p.grad_stream_stride, sizeof(G) * width);
     }
     Prefetch nothing;
-    block(p, z, x, d_copy, wide, g ? g_copy : nullptr, wide, rows, tiles, sums, nothing, nothing);
-    if (g)
-      for (int64_t j = 0; j < rows; ++j)
-        std::memcpy(g + j * p.grad_stream_stride, g_copy + j * wide, sizeof(G) * width);
+    block(p, z, x, d_copy, wide, g ? g_copy : nullptr, wide, rows, tiles, sums, nothing, nothing, nothing);
+    for (int64_t j = 0; g && j < rows; ++j)
+      std::memcpy(g + j * p.grad_stream_stride, g_copy + j * wide, sizeof(G) * width);
   }
 
-  static void range(const BackwardParams& p, const void* panels, void* scratch, double* sums, int64_t begin,
-                    int64_t end) {
-    const int64_t step = wide_tile<A>(p.readers);
-    A* x = static_cast<A*>(scratch);
-    char* copies = reinterpret_cast<char*>(x + step * p.readers);
-    for (; begin < end; begin += step) {
-      const int64_t width = end - begin < step ? end - begin : step;
-      pack_grad_reads<S>(p, x, begin, width);
-      for (int64_t w = 0; w < p.writers; w += kRows) {
-        const int64_t rows = p.writers - w < kRows ? p.writers - w : kRows;
-        const A* z = static_cast<const A*>(panels) + w * p.readers;
-        const S* d = static_cast<const S*>(p.stream) + w * p.stream_stride + begin;
-        G* g = p.grad_stream ? static_cast<G*>(p.grad_stream) + w * p.grad_stream_stride + begin : nullptr;
-        double* block_sums = sums ? sums + w : nullptr;
-        if (width % kTile<A> == 0) {
-          const int64_t left = p.writers - w - rows;
-          Prefetch next_d = ahead(d + rows * p.stream_stride, p.stream_stride, left, width);
-          Prefetch next_g = ahead(g ? g + rows * p.grad_stream_stride : nullptr, p.grad_stream_stride, left, width);
-          block(p, z, x, d, p.stream_stride, g, p.grad_stream_stride, rows, width / kTile<A>, block_sums, next_d,
-                next_g);
-        } else {
-          edge_block(p, z, x, d, g, rows, width, block_sums, copies);
-        }
+  // From the order of the blocks to [reader, writer].
+  static void add_sums(const BackwardParams& p, const double* sums, double* grad_mask) {
+    const RowBlocks blocks(p.writers, kRows);
+    for (int64_t i = 0; i < blocks.count; ++i) {
+      const RowBlocks groups(blocks.rows(i), kDotWriters);
+      for (int64_t k = 0; k < groups.count; ++k) {
+        double* to = grad_mask + blocks.begin(i) + groups.begin(k);
+        for (int64_t r = 0; r < p.readers; ++r, to += p.writers)
+          for (int64_t j = 0; j < groups.rows(k); ++j) to[j] += *sums++;
       }
     }
   }

@@ -24,24 +24,35 @@ constexpr int64_t kMaxPanelTiles = 16, kPanelBytes = 512 * 1024;
 // Reads larger than this do not stay in cache anyway, so they are written around it.
 constexpr int64_t kStreamingBytes = 4 << 20;
 
-// A panel is `tiles` neighbouring tiles. While one is computed the next is fetched from memory, a cache line per step
-// of the multiplication, row by row so that memory is read in runs as long as a panel is wide. Loops step a copy of
-// their own: what a reference points to would be written back at every step.
+// What is used next is fetched from memory while something else is computed: a cache line per step of the
+// multiplication, row by row so that memory is read in long runs. Loops step a copy of their own: what a reference
+// points to would be written back at every step.
 struct Prefetch {
-  const char* at = nullptr;
-  int64_t rows = 0, lines = 0;  // still to fetch; 0 rows: nothing
-  int64_t row_lines = 0, jump = 0;
+  // Nothing to fetch is the same line over and over: cheaper than a second branch.
+  const char* at = reinterpret_cast<const char*>(this);
+  int64_t hop = 0, lines = INT64_MAX;         // from line to line; lines left in this row
+  int64_t rows = 0, row_lines = 0, jump = 0;  // rows left, this one included; from row to row
 
   Prefetch() = default;
-  Prefetch(const void* first, int64_t stride, int64_t rows, int64_t row_bytes)
-      : at(static_cast<const char*>(first)), rows(first ? rows : 0), lines((row_bytes + 63) / 64), row_lines(lines),
-        jump(stride - 64 * lines) {}
+
+  // `rows` rows of `columns` numbers; none if there are no columns.
+  template <class T>
+  Prefetch(const T* first, int64_t stride, int64_t rows, int64_t columns) {
+    if (rows == 0 || columns <= 0) return;
+    at = reinterpret_cast<const char*>(first), hop = 64, this->rows = rows;
+    lines = row_lines = (columns * int64_t(sizeof(T)) + 63) / 64;
+    jump = stride * int64_t(sizeof(T)) - 64 * row_lines;
+  }
+
+  bool done() const { return rows == 0; }
 
   FC_INLINE void step() {
-    if (rows <= 0) return;
     __builtin_prefetch(at, 0, 2);
-    at += 64;
-    if (--lines == 0) lines = row_lines, at += jump, --rows;
+    at += hop;
+    if (__builtin_expect(--lines == 0, 0)) {
+      at += jump, lines = row_lines;
+      if (--rows == 0) at -= jump + hop, hop = 0, lines = INT64_MAX;
+    }
   }
 };
 
@@ -100,8 +111,9 @@ FC_INLINE void read_tile_rows(int64_t rows, const A* z, const S* stream, int64_t
 template <class S, bool Around, class A = typename Traits<S>::Accumulate>
 void read_tile_all(const ReadParams& p, const A* panels, A* packed, const S* stream, int64_t stride, const S* base,
                    S* out, int64_t out_stride, Prefetch& prefetch) {
-  for (int64_t r = 0; r < p.readers; r += kRows) {
-    const int64_t rows = p.readers - r < kRows ? p.readers - r : kRows;
+  const RowBlocks blocks(p.readers, kRows);
+  for (int64_t block = 0; block < blocks.count; ++block) {
+    const int64_t r = blocks.begin(block), rows = blocks.rows(block);
     const A* z = panels + r * p.writers;
     if (r == 0) {
       read_tile_rows<S, true, Around>(rows, z, stream, stride, packed, p.writers, base, out, out_stride, prefetch);
@@ -161,8 +173,7 @@ void read_range(const ReadParams& p, const void* panels, void* scratch, int64_t 
   const auto tile = writes_around_cache<S>(p) ? read_tile_all<S, true> : read_tile_all<S, false>;
   while (begin + kTile<A> <= end) {
     const int64_t next = begin + tiles * kTile<A>;
-    Prefetch prefetch(next < end ? stream + next : nullptr, p.stream_stride * int64_t(sizeof(S)), p.writers,
-                      tiles * kTile<A> * int64_t(sizeof(S)));
+    Prefetch prefetch(stream + next, p.stream_stride, p.writers, next < end ? tiles * kTile<A> : 0);
     for (; begin < next && begin + kTile<A> <= end; begin += kTile<A>)
       tile(p, z, packed, stream + begin, p.stream_stride, base ? base + begin : nullptr, reads + begin,
            p.reads_stride, prefetch);
