@@ -26,7 +26,7 @@ def without(circuit, edge):
 def test_every_edge_equals_a_run_of_its_own(name, ablation, share, monkeypatch):
     monkeypatch.setattr("fastcircuit.discovery.edge_faithfulness.BATCH_BYTES", 30_000)
     monkeypatch.setattr("fastcircuit.discovery.edge_faithfulness.COPY_BYTES", 30_000)
-    model, task = MaskedCausalLM(tiny_model(name)), make_task(4)
+    model, task = MaskedCausalLM(tiny_model(name)), make_task()
     generator = np.random.default_rng(0)
     circuit = Circuit(model.graph, generator.random(model.graph.num_edges) < share, ablation=ablation)
     full = Circuit.full(model.graph, ablation=ablation)
