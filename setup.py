@@ -17,6 +17,8 @@ NOTE = "build_note.txt"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 VARIANTS = {"portable": (16, []), "avx2": (32, ["-mavx2", "-mfma"])}
 VARIANTS["avx512"] = (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"])
+AMX = ["-DFC_ISA=amx", "-DFC_VECTOR_BYTES=64", *VARIANTS["avx512"][1], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AMX += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
 
 
 def compiler() -> list[str]:
@@ -37,7 +39,7 @@ def compiles(cxx: list[str], flags: list[str], work: Path) -> str | None:
     return None if done.returncode == 0 else f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}"
 
 
-def ninja_rules(cxx: list[str], openmp: list[str], target: Path) -> str:
+def ninja_rules(cxx: list[str], openmp: list[str], amx: bool, target: Path) -> str:
     """The build.ninja text: kernels once per instruction set, the rest once, one link."""
     import pybind11
 
@@ -50,7 +52,9 @@ def ninja_rules(cxx: list[str], openmp: list[str], target: Path) -> str:
         jobs[op] = (op, [])
         for name, (size, flags) in variants.items():
             jobs[f"{op}_{name}"] = (f"{op}_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
-    shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else [])]
+    if amx:
+        jobs["masked_read_amx"] = ("masked_read_amx", AMX)
+    shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else []), *(["-DFC_AMX"] if amx else [])]
     lines = ["ninja_required_version = 1.5"]
     lines += [f"rule cc\n  command = {shlex.join([*cxx, *shared])} $flags -MMD -MF $out.d -c $in -o $out"]
     lines[-1] += "\n  depfile = $out.d\n  deps = gcc"
@@ -77,7 +81,9 @@ class NinjaBuild(build_ext):
 
             missing_openmp = compiles(cxx, ["-fopenmp"], work)
             note = f"no OpenMP, so one thread only: {missing_openmp}" if missing_openmp else ""
-            (work / "build.ninja").write_text(ninja_rules(cxx, [] if missing_openmp else ["-fopenmp"], target))
+            openmp = [] if missing_openmp else ["-fopenmp"]
+            amx = sys.platform == "linux" and compiles(cxx, AMX, work) is None
+            (work / "build.ninja").write_text(ninja_rules(cxx, openmp, amx, target))
             subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
         else:
             target.unlink(missing_ok=True)

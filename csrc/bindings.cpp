@@ -17,7 +17,7 @@ using namespace fastcircuit;
 
 namespace {
 
-const char* const kIsaNames[] = {"portable", "avx2", "avx512"};
+const char* const kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
 
 // How many rows follow each other, the distance between such groups, and between the rows of one.
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
@@ -125,7 +125,7 @@ void run_attention_backward(int isa, int threads, int dtype, const Sizes& sizes,
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx})
     if (can_run(isa)) names.push_back(kIsaNames[int(isa)]);
   return names;
 }

@@ -14,9 +14,16 @@ namespace {
 constexpr int64_t kWorkPerThread = 1 << 16;
 constexpr int kRangesPerThread = 8;
 
-const Kernels& kernels_for(Isa isa, Dtype stream, Dtype grad_stream) {
+// With fewer readers most of a matrix tile is empty, and memory is the limit anyway.
+constexpr int64_t kTileReaders = 8;
+
+const Kernels& kernels_for(Isa isa, int64_t readers, Dtype stream, Dtype grad_stream) {
+#ifdef FC_AMX
+  if (isa == Isa::amx && stream == Dtype::bf16 && readers >= kTileReaders) return amx::kernels(stream, grad_stream);
+#endif
+  (void)readers;
 #ifdef FC_X86_VARIANTS
-  if (isa == Isa::avx512) return avx512::kernels(stream, grad_stream);
+  if (isa >= Isa::avx512) return avx512::kernels(stream, grad_stream);
   if (isa == Isa::avx2) return avx2::kernels(stream, grad_stream);
 #endif
   (void)isa;
@@ -98,7 +105,7 @@ void for_column_ranges(int threads, int ranges, int64_t columns, int64_t tile, c
 
 void masked_read(const ReadParams& p) {
   if (p.readers == 0 || p.columns == 0) return;
-  const Kernels& k = kernels_for(p.isa, p.dtype, p.dtype);
+  const Kernels& k = kernels_for(p.isa, p.readers, p.dtype, p.dtype);
   const bool wide = p.dtype == Dtype::f64;
   const Buffer panels(p.readers * p.writers * int64_t(sizeof(double)));
   fill_panels(p.mask, p.mask_dtype, wide, p.readers, p.mask_stride_reader, p.writers, p.mask_stride_writer,
@@ -119,7 +126,7 @@ void masked_read_backward(const BackwardParams& p) {
     for (int64_t i = 0; p.grad_mask && i < pairs; ++i) set_mask_value(p.grad_mask, p.mask_dtype, i, 0.0);
     return;
   }
-  const Kernels& k = kernels_for(p.isa, p.dtype, p.grad_stream_dtype);
+  const Kernels& k = kernels_for(p.isa, p.readers, p.dtype, p.grad_stream_dtype);
   const bool wide = p.dtype == Dtype::f64;
   const Buffer panels(pairs * int64_t(sizeof(double)));
   fill_panels(p.mask, p.mask_dtype, wide, p.writers, p.mask_stride_writer, p.readers, p.mask_stride_reader,

@@ -77,5 +77,8 @@ const Kernels& kernels(Dtype stream, Dtype grad_stream);
 namespace avx512 {
 const Kernels& kernels(Dtype stream, Dtype grad_stream);
 }
+namespace amx {
+const Kernels& kernels(Dtype stream, Dtype grad_stream);  // of bfloat16 alone
+}
 
 }  // namespace fastcircuit

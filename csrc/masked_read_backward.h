@@ -27,7 +27,8 @@ int64_t wide_tile(int64_t readers) {
 
 // g[Rows, kTile] (+)= z[R, Rows]^T x[R, kTile]
 template <class G, int Rows, class A = typename Traits<G>::Accumulate>
-FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t stride, bool accumulate, Prefetch& prefetch) {
+FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t stride, bool accumulate,
+                         Prefetch& prefetch) {
   constexpr int kLanes = Simd<A>::kLanes;
   Vec<A> acc[Rows][kVecs];
   for (int i = 0; i < Rows; ++i)

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "masked_read_few.h"
-#include "simd.h"
+#include "prefetch.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
@@ -23,38 +23,6 @@ constexpr int kTile = kVecs * Simd<A>::kLanes;
 constexpr int64_t kMaxPanelTiles = 16, kPanelBytes = 512 * 1024;
 // Reads larger than this do not stay in cache anyway, so they are written around it.
 constexpr int64_t kStreamingBytes = 4 << 20;
-
-// What is used next is fetched from memory while something else is computed: a cache line per step of the
-// multiplication, row by row so that memory is read in long runs. Loops step a copy of their own: what a reference
-// points to would be written back at every step.
-struct Prefetch {
-  // Nothing to fetch is the same line over and over: cheaper than a second branch.
-  const char* at = reinterpret_cast<const char*>(this);
-  int64_t hop = 0, lines = INT64_MAX;         // from line to line; lines left in this row
-  int64_t rows = 0, row_lines = 0, jump = 0;  // rows left, this one included; from row to row
-
-  Prefetch() = default;
-
-  // `rows` rows of `columns` numbers; none if there are no columns.
-  template <class T>
-  Prefetch(const T* first, int64_t stride, int64_t rows, int64_t columns) {
-    if (rows == 0 || columns <= 0) return;
-    at = reinterpret_cast<const char*>(first), hop = 64, this->rows = rows;
-    lines = row_lines = (columns * int64_t(sizeof(T)) + 63) / 64;
-    jump = stride * int64_t(sizeof(T)) - 64 * row_lines;
-  }
-
-  bool done() const { return rows == 0; }
-
-  FC_INLINE void step() {
-    __builtin_prefetch(at, 0, 2);
-    at += hop;
-    if (__builtin_expect(--lines == 0, 0)) {
-      at += jump, lines = row_lines;
-      if (--rows == 0) at -= jump + hop, hop = 0, lines = INT64_MAX;
-    }
-  }
-};
 
 // out[Rows, kTile] = base + z[W, Rows]^T rows[W, kTile]; with Pack the rows are also copied to `packed`.
 template <class S, int Rows, bool Pack, bool Around, class A = typename Traits<S>::Accumulate>
@@ -103,7 +71,8 @@ FC_INLINE void read_tile_rows(int64_t rows, const A* z, const S* stream, int64_t
   if (rows == Rows) {
     read_tile<S, Rows, Pack, Around>(z, stream, stride, packed, writers, base, out, out_stride, prefetch);
   } else if constexpr (Rows > 1) {
-    read_tile_rows<S, Pack, Around, Rows - 1>(rows, z, stream, stride, packed, writers, base, out, out_stride, prefetch);
+    read_tile_rows<S, Pack, Around, Rows - 1>(rows, z, stream, stride, packed, writers, base, out, out_stride,
+                                              prefetch);
   }
 }
 
@@ -118,7 +87,8 @@ void read_tile_all(const ReadParams& p, const A* panels, A* packed, const S* str
     if (r == 0) {
       read_tile_rows<S, true, Around>(rows, z, stream, stride, packed, p.writers, base, out, out_stride, prefetch);
     } else {
-      read_tile_rows<S, false, Around>(rows, z, stream, stride, packed, p.writers, base, out + r * out_stride, out_stride, prefetch);
+      read_tile_rows<S, false, Around>(rows, z, stream, stride, packed, p.writers, base, out + r * out_stride,
+                                       out_stride, prefetch);
     }
   }
 }

@@ -13,7 +13,7 @@ constexpr int64_t kNumbersPerThread = 1 << 15;
 
 const NormKernels& kernels_for(Isa isa, Dtype dtype, bool centered) {
 #ifdef FC_X86_VARIANTS
-  if (isa == Isa::avx512) return avx512::norm_kernels(dtype, centered);
+  if (isa >= Isa::avx512) return avx512::norm_kernels(dtype, centered);
   if (isa == Isa::avx2) return avx2::norm_kernels(dtype, centered);
 #endif
   (void)isa;

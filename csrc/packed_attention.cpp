@@ -14,7 +14,7 @@ constexpr int64_t kWorkPerThread = 1 << 17;
 
 const AttentionKernels& kernels_for(Isa isa, Dtype dtype) {
 #ifdef FC_X86_VARIANTS
-  if (isa == Isa::avx512) return avx512::attention_kernels(dtype);
+  if (isa >= Isa::avx512) return avx512::attention_kernels(dtype);
   if (isa == Isa::avx2) return avx2::attention_kernels(dtype);
 #endif
   (void)isa;

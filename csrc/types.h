@@ -10,6 +10,6 @@ struct Bf16 {
 };
 
 enum class Dtype : int { f32 = 0, f64 = 1, bf16 = 2 };
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 }  // namespace fastcircuit

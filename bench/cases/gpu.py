@@ -1,6 +1,7 @@
 """What is measured on a GPU: ceilings, training steps and whole runs. Everything takes a device, so that the CPU can
 check in small that it works."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def measured(make: Callable[[], Step], device: str, repeats: int, weights: int =
     counts, and the bytes are None.
     """
     if device != "cpu":
+        gc.collect()  # a run refers to itself
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     took = milliseconds(make(), device, repeats, warm_up)

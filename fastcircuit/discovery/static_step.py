@@ -73,7 +73,8 @@ class StaticStep:
         self.reference, self.model, self.parameters = reference, reference.model, parameters
         self.settings, self.optimizer, self.recompute = parameters.settings, optimizer, recompute
         edge, steps = parameters.edge.detach(), self.settings.steps
-        self.drawn = parameters.draw(0)
+        size = len(edge) + len(parameters.node)
+        self.drawn = edge.new_full((size,), 0.5) if parameters.backend is None else parameters.draw(0)
         self.product, self.gradient, self.kl = torch.ones_like(edge), torch.zeros_like(edge), edge.new_zeros(())
         self.rates = parameters.rates()
         targets = [parameters.targets(step) for step in range(steps)]

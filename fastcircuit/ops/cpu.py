@@ -25,7 +25,7 @@ except ImportError as error:
     _C: ModuleType | None = None  # type: ignore[no-redef]
     _import_error = error
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -46,6 +46,16 @@ def missing_reason() -> str | None:
 def runnable_isas() -> list[str]:
     """The instruction sets the extension can use on this machine, slowest first."""
     return _C.runnable_isas() if _C is not None else []
+
+
+def instruction_sets() -> dict[str, str | None]:
+    """Why the extension cannot use an instruction set here, or None; the last one it can use is what it uses.
+
+    ``amx`` is bfloat16 ``masked_read`` on matrix tiles; everything else then runs on ``avx512``.
+    """
+    why = missing_reason() or "the compiler that built the extension, the processor or the operating system lacks it"
+    runnable = runnable_isas()
+    return {name: None if name in runnable else why for name in ISAS}
 
 
 def _choose_isa() -> int:

@@ -218,10 +218,9 @@ def info_table(found: dict[str, Any]) -> Table:
         "versions", "\n".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
     )
     table.add_row("devices", "\n".join(found["devices"]))
-    table.add_row(
-        "backends",
-        "\n".join(f"{name}: {'ready' if reason is None else reason}" for name, reason in found["backends"].items()),
-    )
+    for key in ("backends", "instruction_sets"):
+        ready = (f"{name}: {'ready' if reason is None else reason}" for name, reason in found[key].items())
+        table.add_row(key.replace("_", " "), "\n".join(ready))
     for key in ("architectures", "models", "tasks"):
         table.add_row(key, ", ".join(found[key]))
     return table

@@ -5,7 +5,7 @@ import torch
 
 def test_info(run, answer):
     found = answer("info")
-    assert set(found) == {"versions", "devices", "backends", "architectures", "models", "tasks"}
+    assert set(found) == {"versions", "devices", "backends", "instruction_sets", "architectures", "models", "tasks"}
     assert found["versions"]["torch"] == torch.__version__
     assert found["backends"]["reference"] is None
     code, out, err = run("info")

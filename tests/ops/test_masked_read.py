@@ -138,10 +138,11 @@ def test_operands_cut_from_bigger_tensors(backend):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_thread_count_gives_the_same_answer_every_time(backend, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_thread_count_gives_the_same_answer_every_time(backend, threads, dtype):
     if backend == "triton":
         pytest.skip("threads are torch's")
-    stream, mask, base, grad_reads = _operands((13, 21, 64, 33), torch.float32, torch.float32)
+    stream, mask, base, grad_reads = _operands((13, 21, 64, 33), dtype, torch.float32)
     was = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -153,7 +154,8 @@ def test_every_thread_count_gives_the_same_answer_every_time(backend, threads):
     for first, second in (reads, grads, masks):
         assert torch.equal(first, second)
     torch.testing.assert_close(reads[0], reference.masked_read(stream, mask, base))
-    torch.testing.assert_close(masks[0], torch.einsum("rtd,wtd->rw", grad_reads, stream), atol=2e-4, rtol=2e-5)
+    exact = torch.einsum("rtd,wtd->rw", grad_reads.float(), stream.float())
+    torch.testing.assert_close(masks[0], exact, atol=2e-4, rtol=2e-5)
 
 
 def test_large_reads_written_around_the_cache(backend):
