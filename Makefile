@@ -45,7 +45,7 @@ lint: setup  ## style and types
 	$(BIN)/mypy
 
 test: lint  ## style, types and tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 bench: setup  ## benchmarks, quick: every suite in about a minute; rows in runs/bench
 	$(BIN)/fastcircuit bench --quick
