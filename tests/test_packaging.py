@@ -119,9 +119,19 @@ def test_a_package_called_kernels_does_no_harm(python, tmp_path, present):
     _run(python, "-c", code, cwd=tmp_path)
 
 
+def _hasty_compiler(folder):
+    """One that optimises nothing: for a build that is not measured."""
+    compiler = folder / "hasty-c++"
+    compiler.write_text(
+        f'#!/bin/sh\nexec {shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")} "$@" -O0\n'
+    )
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
 def test_editable_install(source, tmp_path):
     python = _venv(tmp_path / "venv")
-    _install(python, "-e", source)
+    _install(python, "-e", source, CXX=_hasty_compiler(tmp_path))
     backend, where = _run(python, "-c", CHECK, cwd=tmp_path).split()
     assert backend == "None"
     assert where == str(source / "fastcircuit" / "__init__.py")

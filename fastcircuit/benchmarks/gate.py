@@ -23,7 +23,12 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def problem(pairs: Iterable[tuple[Tensor, Tensor, Tensor | float]], terms: int, dtype: torch.dtype) -> str | None:
+def problem(
+    pairs: Iterable[tuple[Tensor, Tensor, Tensor | float]],
+    terms: int,
+    dtype: torch.dtype,
+    on_the_way: Tensor | float = 0.0,
+) -> str | None:
     """What is wrong, in one line, or None.
 
     Args:
@@ -31,13 +36,14 @@ def problem(pairs: Iterable[tuple[Tensor, Tensor, Tensor | float]], terms: int, 
             element, or the largest absolute value of the truth.
         terms: additions behind one number of the result.
         dtype: in which it was computed and rounded.
+        on_the_way: a number that was rounded too before the result was made of it.
     """
     relative, once = sum_error(terms, dtype), unit_roundoff(dtype)
     for result, truth, scale in pairs:
         if result.shape != truth.shape:
             return f"the result has shape {list(result.shape)}, the truth {list(truth.shape)}"
         error = (result.to(truth) - truth).abs()
-        allowed = once * truth.abs() + relative * scale
+        allowed = once * (truth.abs() + abs(on_the_way)) + relative * scale
         wrong = ~(error <= allowed)  # NaN is wrong
         if bool(wrong.any()):
             worst = float((error / allowed).nan_to_num(math.inf).max())

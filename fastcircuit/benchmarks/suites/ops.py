@@ -131,13 +131,14 @@ class Operands:
 
 def variant(make: Callable[[Operands], Callable[[], Tensor]], operands: Operands) -> Variant:
     call = make(operands)
-    check = _check_forward if operands.direction == "forward" else _check_backward
-    return Variant(call, functools.partial(check, operands, call))
+    if operands.direction == "backward":
+        return Variant(call, functools.partial(_check_backward, operands, call))
+    return Variant(call, functools.partial(_check_forward, operands, call, in_two_steps=make is _compiled))
 
 
-def _check_forward(operands: Operands, call: Callable[[], Tensor]) -> str | None:
-    result = call().flatten(1)
-    return _by_columns(operands, result, operands.shape.writers + 1)
+def _check_forward(operands: Operands, call: Callable[[], Tensor], in_two_steps: bool) -> str | None:
+    """``in_two_steps``: the product is rounded before the base is added, as torch's plain form does."""
+    return _by_columns(operands, call().flatten(1), operands.shape.writers + 1, in_two_steps)
 
 
 def _check_backward(operands: Operands, call: Callable[[], Tensor]) -> str | None:
@@ -149,10 +150,12 @@ def _check_backward(operands: Operands, call: Callable[[], Tensor]) -> str | Non
     return wrong or problem([(mask_gradient, value, scale)], terms, operands.dtype)
 
 
-def _by_columns(operands: Operands, result: Tensor, terms: int) -> str | None:
+def _by_columns(operands: Operands, result: Tensor, terms: int, in_two_steps: bool = False) -> str | None:
     for first in range(0, result.shape[1], COLUMNS):
+        part = slice(first, first + COLUMNS)
         ((value, scale),) = operands.truth(first)
-        wrong = problem([(result[:, first : first + COLUMNS], value, scale)], terms, operands.dtype)
+        product = value - operands.base.flatten()[part].double() if in_two_steps else 0.0
+        wrong = problem([(result[:, part], value, scale)], terms, operands.dtype, on_the_way=product)
         if wrong is not None:
             return wrong
     return None
