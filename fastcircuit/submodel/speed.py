@@ -244,7 +244,7 @@ def work_of(ready: Ready) -> Work:
 
 
 class _Traffic(TorchDispatchMode):
-    """Bytes of operands and results, and the number, of operations that are no views."""
+    """Bytes of operands and results of operations that are no views, and the number of all: a view costs its call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,10 +252,10 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         if not func.is_view:
             tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self.operations += 1
         return result
 
 
