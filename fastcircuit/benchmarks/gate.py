@@ -43,7 +43,7 @@ def problem(
         if result.shape != truth.shape:
             return f"the result has shape {list(result.shape)}, the truth {list(truth.shape)}"
         error = (result.to(truth) - truth).abs()
-        allowed = once * (truth.abs() + abs(on_the_way)) + relative * scale
+        allowed = once * (truth.abs() + torch.as_tensor(on_the_way).abs()) + relative * scale
         wrong = ~(error <= allowed)  # NaN is wrong
         if bool(wrong.any()):
             worst = float((error / allowed).nan_to_num(math.inf).max())
