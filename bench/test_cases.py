@@ -7,7 +7,8 @@ import functools
 
 from fastcircuit.benchmarks.case import Target
 from fastcircuit.benchmarks.registry import load
-from fastcircuit.benchmarks.timing import clock, without_collection
+from fastcircuit.benchmarks.timing import clock
+from fastcircuit.submodel.speed import without_collection
 
 
 def pytest_generate_tests(metafunc):

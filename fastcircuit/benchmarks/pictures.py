@@ -63,7 +63,7 @@ def roofline(rows: Sequence[Row]) -> Any:
     if not rows:
         return None
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    figure, axes = _figure(4.0, columns=len(dtypes))
+    figure, axes = _figure(4.6, columns=len(dtypes))
     for axis, dtype in zip(axes, dtypes, strict=True):
         of_dtype = [row for row in rows if row.dtype == dtype]
         intensity = {id(row): (row.flops or 0) / (row.bytes or 1) for row in of_dtype}
@@ -89,7 +89,7 @@ def roofline(rows: Sequence[Row]) -> Any:
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", title=f"masked_read, {dtype}")
         for ticks in (axis.xaxis, axis.yaxis):
             _plain_log_ticks(ticks)
-        axis.legend(fontsize=7, loc="lower right")
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     axes[0].set_ylabel("GFLOP/s")
     return figure
 
@@ -100,8 +100,8 @@ def speedups(rows: Sequence[Row]) -> Any:
     rows = [row for row in rows if row.variant in ("fastcircuit", "computed", "from the cache")]
     if not rows:
         return None
-    rows = sorted(rows, key=lambda row: (row.suite, row.name))[::-1]
-    figure, (axis,) = _figure(0.6 + 0.42 * len(rows))
+    rows = sorted(rows, key=lambda row: row.suite)[::-1]
+    figure, (axis,) = _figure(0.6 + 0.34 * len(rows))
     ratios = [row.ratio or 0.0 for row in rows]
     errors = [
         [ratio - (row.ratio_low or 0.0) for ratio, row in zip(ratios, rows, strict=True)],
@@ -117,7 +117,7 @@ def speedups(rows: Sequence[Row]) -> Any:
         axis.text(right, place, f"{row.ratio:.3g}x {row.baseline}", va="center", fontsize=7.5)
     axis.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
     axis.axvline(1, color="black", lw=0.8)
-    axis.set(xscale="log", xlabel="times as fast as the baseline of the same run (orange: what the work left allows)")
+    axis.set(xscale="log", xlabel="times as fast as the baseline (orange: the bound)", ylim=(-0.8, len(rows) - 0.2))
     axis.set_xlim(min(0.8, *(row.ratio_low or 1 for row in rows)) / 1.1, max(row.ratio_high or 1 for row in rows) * 4)
     _plain_log_ticks(axis.xaxis)
     axis.set_title("Speed-up, median of ratios within rounds")
@@ -144,9 +144,9 @@ def latency(rows: Sequence[Row]) -> Any:
     """Time of a prefill, model and submodel, relative to the baseline; a tick at the least that its work allows."""
     if not rows:
         return None
-    cases = sorted({(row.name, row.shape) for row in rows})
+    cases = list(dict.fromkeys((row.name, row.shape) for row in rows))
     names = _variants(rows)
-    figure, (axis,) = _figure(0.9 + 0.22 * len(cases) * (len(names) + 1))
+    figure, (axis,) = _figure(0.9 + 0.14 * len(cases) * (len(names) + 1))
     place, ticks = 0.0, []
     for case in cases[::-1]:
         of_case = {row.variant: row for row in rows if (row.name, row.shape) == case}
@@ -167,8 +167,9 @@ def latency(rows: Sequence[Row]) -> Any:
     axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7)
     handles = [_patch(_colour(name, names), name) for name in names]
     axis.legend(handles=handles, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(names))
-    axis.set_xlabel("time per batch over the baseline's, p20 to p80 (black tick: the least that its work allows)")
+    axis.set_xlabel("time over the baseline's, p20 to p80 (black tick: the bound)")
     axis.margins(x=0.08)
+    axis.set_ylim(-1, place)
     return figure
 
 

@@ -1,6 +1,5 @@
 """Times of calls that take turns, so that a slow moment of the machine meets all of them."""
 
-import gc
 import math
 import statistics
 import time
@@ -12,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastcircuit.errors import RunError
+from fastcircuit.submodel.speed import without_collection
 
 SHORTEST = 1e-3  # seconds: shorter calls are repeated, so that the clock is not what is measured
 MOST_PER_ROUND = 5
@@ -168,19 +168,6 @@ def _outside_interval(count: int) -> int:
             break
         skipped = k
     return skipped
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """No garbage collection inside, and none left over from before."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

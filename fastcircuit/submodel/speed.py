@@ -216,7 +216,7 @@ def _interleaved(calls: list[Ready], rounds: int) -> list[list[float]]:
     for ready in (*calls, *calls):
         _seconds(ready())
     times: list[list[float]] = [[] for _ in calls]
-    with _without_collection():
+    with without_collection():
         while len(times[0]) < rounds or sum(map(sum, times)) < LEAST_SECONDS:
             for seconds, ready in zip(times, calls, strict=True):
                 seconds.append(_seconds(ready()))
@@ -260,7 +260,8 @@ class _Traffic(TorchDispatchMode):
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
+    """No garbage collection inside, and none left over from before."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
