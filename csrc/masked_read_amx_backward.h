@@ -209,12 +209,6 @@ class Backward {
     store_totals<N>(totals);
   }
 
-  static FC_INLINE void fetch(Prefetch& prefetch, int64_t lines) {
-    Prefetch ahead = prefetch;
-    for (int64_t i = 0; i < lines; ++i) ahead.step();
-    prefetch = ahead;
-  }
-
   // grad_stream (+)= mask^T grad_reads, for two blocks of writers and at most 32 columns.
   void add_stream(int64_t block, int64_t column, int64_t width, const char* right, Prefetch& next_g) {
     const char *left0 = mask_ + block * inner_ * kTileBytes, *left1 = left0 + inner_ * kTileBytes;

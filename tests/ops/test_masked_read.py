@@ -158,11 +158,13 @@ def test_every_thread_count_gives_the_same_answer_every_time(backend, threads, d
     torch.testing.assert_close(masks[0], exact, atol=2e-4, rtol=2e-5)
 
 
-def test_large_reads_written_around_the_cache(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_reads_written_around_the_cache(backend, dtype):
     if backend == "triton":
         pytest.skip("too large for Triton's interpreter")
-    stream, mask = torch.randn(3, 64, 515), torch.rand(37, 3)
-    torch.testing.assert_close(masked_read(stream, mask, backend=backend), reference.masked_read(stream, mask, None))
+    stream, mask = torch.randn(3, 128, 515).to(dtype), torch.rand(37, 3).to(dtype)
+    exact = reference.masked_read(stream.double(), mask.double(), None)
+    torch.testing.assert_close(masked_read(stream, mask, backend=backend), exact.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
