@@ -24,6 +24,7 @@ from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
 from fastcircuit.ops import live_writers, masked_read, masked_read_backward_
 from fastcircuit.ops.backends import is_compiled
+from fastcircuit.ops.recycling import POOL
 
 # Readers' inputs up to this size are kept for backward rather than computed twice.
 KEEP_BYTES = 2**30
@@ -115,7 +116,7 @@ class MaskedRun:
         self.active = Active(self.graph, on, mask.device)
         _, tokens, width = self.embeds.shape
         below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
-        self.stream = self.embeds.new_empty(below_top, tokens, width)
+        self.stream = POOL.empty((below_top, tokens, width), self.embeds)
         base = self._write_embeddings()
         for layer in range(self.graph.num_layers - 1):
             run = LayerRun(base, self._ablated_heads(layer, self.ablated))
@@ -130,7 +131,7 @@ class MaskedRun:
         """Gradient of every edge's mask, ``[num_edges]``, from that of the final read, ``[N, d]``."""
         if self.stream is None:
             raise RuntimeError("the masked forward pass keeps its stream for one backward only; run it again")
-        grad_stream = torch.zeros_like(self.stream)
+        grad_stream = POOL.empty(self.stream.shape, self.stream).zero_()
         grad_mask = torch.zeros_like(mask)
         run = self._layers.pop()
         if not run.has_graphs:

@@ -1,9 +1,10 @@
-"""Memory for large CPU results that is used again once the result is gone.
+"""Memory for large CPU tensors that is used again once the tensor is gone.
 
 The first touch of fresh pages can cost more than computing what goes into them: the system clears them one by one, and
-takes them back on every free. Results of the C++ kernels from LEAST_BYTES on live in mappings of our own, which go back
-to a pool when the last tensor that views them is freed. The pool keeps at most MOST_BYTES. Huge pages are not asked
-for: rows a power of two apart would then meet in the same few cache sets (measured: a third slower).
+takes them back on every free. From LEAST_BYTES on, the results of the C++ kernels, the stream and its gradient live in
+mappings of our own, which go back to a pool when the last tensor that views them is freed. The pool keeps at most
+MOST_BYTES. Huge pages are not asked for: rows a power of two apart would then meet in the same few cache sets
+(measured: a third slower).
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 4 * 2**20
-MOST_BYTES = 512 * 2**20
+MOST_BYTES = 2**30
 _ROUND = 2 * 2**20
 
 
