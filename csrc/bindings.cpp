@@ -10,6 +10,7 @@
 #include "isa.h"
 #include "masked_read.h"
 #include "norm.h"
+#include "norm_projection.h"
 #include "packed_attention.h"
 
 namespace py = pybind11;
@@ -86,6 +87,40 @@ void run_norm_backward(int isa, int threads, int dtype, bool centered, int64_t r
   norm_backward(p);
 }
 
+NormProjectionParams projection_params(int isa, int threads, int dtype, bool centered, const Sizes& sizes, uintptr_t x,
+                                       const std::tuple<int64_t, int64_t>& x_strides, uintptr_t norm_weight, double eps,
+                                       uintptr_t weight, const Strides& weight_strides) {
+  NormProjectionParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype), p.centered = centered;
+  std::tie(p.heads, p.tokens, p.width, p.head_width) = sizes;
+  p.x = reinterpret_cast<const void*>(x), std::tie(p.x_head_stride, p.x_row_stride) = x_strides;
+  p.norm_weight = reinterpret_cast<const void*>(norm_weight), p.eps = eps;
+  p.weight = reinterpret_cast<const void*>(weight);
+  std::tie(p.weight_head_stride, p.weight_in_stride, p.weight_out_stride) = weight_strides;
+  return p;
+}
+
+void run_norm_projection(int isa, int threads, int dtype, bool centered, const Sizes& sizes, uintptr_t x,
+                         const std::tuple<int64_t, int64_t>& x_strides, uintptr_t norm_weight, double eps,
+                         uintptr_t weight, const Strides& weight_strides, uintptr_t norm_bias, uintptr_t bias,
+                         int64_t bias_head_stride, uintptr_t y) {
+  NormProjectionParams p =
+      projection_params(isa, threads, dtype, centered, sizes, x, x_strides, norm_weight, eps, weight, weight_strides);
+  p.norm_bias = reinterpret_cast<const void*>(norm_bias);
+  p.bias = reinterpret_cast<const void*>(bias), p.bias_head_stride = bias_head_stride;
+  p.y = reinterpret_cast<void*>(y);
+  norm_projection(p);
+}
+
+void run_norm_projection_backward(int isa, int threads, int dtype, bool centered, const Sizes& sizes, uintptr_t x,
+                                  const std::tuple<int64_t, int64_t>& x_strides, uintptr_t norm_weight, double eps,
+                                  uintptr_t weight, const Strides& weight_strides, uintptr_t grad, uintptr_t grad_x) {
+  NormProjectionParams p =
+      projection_params(isa, threads, dtype, centered, sizes, x, x_strides, norm_weight, eps, weight, weight_strides);
+  p.grad = reinterpret_cast<const void*>(grad), p.grad_x = reinterpret_cast<void*>(grad_x);
+  norm_projection_backward(p);
+}
+
 AttentionParams attention_params(int isa, int threads, int dtype, const Sizes& sizes, const Sequences& sequences,
                                  const Addresses& inputs, const Rotary& rotary, double scale, bool causal,
                                  int64_t window) {
@@ -138,6 +173,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("masked_read_backward", &run_backward, py::call_guard<py::gil_scoped_release>());
   module.def("norm", &run_norm, py::call_guard<py::gil_scoped_release>());
   module.def("norm_backward", &run_norm_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("norm_projection", &run_norm_projection, py::call_guard<py::gil_scoped_release>());
+  module.def("norm_projection_backward", &run_norm_projection_backward, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention", &run_attention, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention_backward", &run_attention_backward, py::call_guard<py::gil_scoped_release>());
   module.def("runnable_isas", &runnable_isas, "Instruction sets this machine can run, slowest first.");

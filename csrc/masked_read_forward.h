@@ -9,17 +9,6 @@
 namespace fastcircuit {
 namespace FC_ISA {
 
-#if FC_VECTOR_BYTES == 64
-constexpr int kRows = 6, kVecs = 4;
-#elif FC_VECTOR_BYTES == 32
-constexpr int kRows = 6, kVecs = 2;
-#else
-constexpr int kRows = 4, kVecs = 2;
-#endif
-
-template <class A>
-constexpr int kTile = kVecs * Simd<A>::kLanes;
-
 constexpr int64_t kMaxPanelTiles = 16, kPanelBytes = 512 * 1024;
 // Reads larger than this do not stay in cache anyway, so they are written around it.
 constexpr int64_t kStreamingBytes = 4 << 20;

@@ -65,6 +65,18 @@ FC_INLINE void finish_stores_around_cache() {
 #endif
 }
 
+// A tile of sums, kRows rows of kVecs registers: as large as the registers hold beside what is multiplied.
+#if FC_VECTOR_BYTES == 64
+constexpr int kRows = 6, kVecs = 4;
+#elif FC_VECTOR_BYTES == 32
+constexpr int kRows = 6, kVecs = 2;
+#else
+constexpr int kRows = 4, kVecs = 2;
+#endif
+
+template <class A>
+constexpr int kTile = kVecs * Simd<A>::kLanes;
+
 // S: the type in memory. Accumulate<S>: the type its sums are kept in.
 template <class S>
 struct Traits {

@@ -36,7 +36,7 @@ class AttentionRun:
         """The heads' outputs before the output projection, ``[T, H * d_head]``."""
         projected: tuple[Tensor, ...] = ()
         for inputs, projections in self._shares():
-            projected += _project(inputs.forward(), projections)
+            projected += inputs.project(projections)
         if not keep_graph:
             return self.attend(projected)
         with torch.enable_grad():
@@ -57,28 +57,20 @@ class AttentionRun:
         assert self._out is not None
         grads = list(torch.autograd.grad(self._out, self._projected, grad_out))
         for inputs, projections in self._shares():
-            heads = [projection.heads for projection in projections]
+            heads = sum(projection.heads for projection in projections)
             width = projections[0].weight.shape[1]
-            grad = grad_out.new_empty(sum(heads) + inputs.plain, len(grad_out), width)
-            for projection, part in zip(projections, grad[: sum(heads)].split(heads), strict=True):
-                projection.backward(grads.pop(0), part)
+            grad = grad_out.new_empty(heads + inputs.plain, len(grad_out), width)
             if inputs.plain:
                 assert grad_rest is not None
-                grad[sum(heads) :] = grad_rest
-            yield inputs.backward_(grad)
+                grad[heads:] = grad_rest
+            some, grads = grads[: len(projections)], grads[len(projections) :]
+            yield inputs.project_backward(projections, some, grad)
 
     def _shares(self) -> Iterator[tuple[Inputs, tuple[Projection, ...]]]:
         """Each of the inputs with the projections it is for."""
         count = len(self.attention.projections) // len(self.inputs)
         for place, inputs in enumerate(self.inputs):
             yield inputs, self.attention.projections[place * count : (place + 1) * count]
-
-
-def _project(normed: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """Per-head inputs ``[heads, T, d]``, or one for all, to ``[heads, T, d_head]`` of each of the projections."""
-    shared = normed.shape[0] == 1
-    parts = [normed] * len(projections) if shared else normed.split([projection.heads for projection in projections])
-    return tuple(projection(part) for projection, part in zip(projections, parts, strict=True))
 
 
 @dataclass

@@ -1,15 +1,18 @@
 """What readers see: the stream through their masks, then a norm; and from the gradient of that to that of the reads.
 
 There are two ways with one interface. Where one kernel reads and normalises, the reads are not kept: backward makes
-them again from the stream, with the statistics that forward left. Elsewhere they are read, normalised, and kept.
+them again from the stream, with the statistics that forward left. Elsewhere they are read and kept, and normalised on
+their way into the projections where there is a kernel for that.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fastcircuit.models.anatomy import NoNorm, Norm
-from fastcircuit.ops import read_norm, read_norm_grad
+from fastcircuit.models.anatomy import NoNorm, Norm, Projection
+from fastcircuit.ops import norm_projection, norm_projection_grad_, read_norm, read_norm_grad
+from fastcircuit.ops.backends import is_compiled
 
 
 @dataclass
@@ -39,6 +42,37 @@ class KeptReads:
         of_normed = grad[: len(grad) - self.plain]
         self.norm.backward_(of_normed, self._normed.expand_as(of_normed))
         return grad
+
+    def project(self, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+        """The projections of the normalised reads, ``[heads, T, d_head]`` each."""
+        norm = self.norm
+        if not isinstance(norm, Norm) or not self._fuses(projections):
+            return _project(self.forward(), projections)
+        return tuple(
+            norm_projection(x, norm.weight, norm.bias, norm.eps, to.weight, to.bias, centered=norm.centered)
+            for x, to in _shares(self._normed, projections)
+        )
+
+    def project_backward(self, projections: Sequence[Projection], grads: Sequence[Tensor], grad: Tensor) -> Tensor:
+        """``grad`` ``[readers, T, d]`` filled with the gradient of the reads; its plain rows are there already.
+
+        Args:
+            grads: of what project gave.
+        """
+        norm = self.norm
+        if not isinstance(norm, Norm) or not self._fuses(projections):
+            _project_backward(projections, grads, grad)
+            return self.backward_(grad)
+        shares = zip(_shares(self._normed, projections), _shares(grad, projections), grads, strict=True)
+        for (x, to), (out, _), of_projected in shares:
+            norm_projection_grad_(of_projected, x, norm.weight, norm.eps, to.weight, out, centered=norm.centered)
+        return grad
+
+    def _fuses(self, projections: Sequence[Projection]) -> bool:
+        """Whether each head sees something of its own, and one kernel normalises and projects it."""
+        if len(self._normed) == 1:
+            return False
+        return all(is_compiled("norm_projection", "auto", self.reads, to.weight) for to in projections)
 
     @property
     def _normed(self) -> Tensor:
@@ -88,6 +122,15 @@ class FusedReads:
         rest, self._rest = self._rest, None
         return rest
 
+    def project(self, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+        """As of :class:`KeptReads`."""
+        return _project(self.forward(), projections)
+
+    def project_backward(self, projections: Sequence[Projection], grads: Sequence[Tensor], grad: Tensor) -> Tensor:
+        """As of :class:`KeptReads`."""
+        _project_backward(projections, grads, grad)
+        return self.backward_(grad)
+
     def backward_(self, grad: Tensor) -> Tensor:
         """The gradient of the reads, ``[readers, T, d]``, from that of what forward and rest gave."""
         assert self._stats is not None
@@ -106,3 +149,22 @@ class FusedReads:
 
 
 Inputs = KeptReads | FusedReads
+
+
+def _shares(readers: Tensor, projections: Sequence[Projection]) -> list[tuple[Tensor, Projection]]:
+    """Each projection with its own of the first readers."""
+    heads = [projection.heads for projection in projections]
+    return list(zip(readers[: sum(heads)].split(heads), projections, strict=True))
+
+
+def _project(normed: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """Per-head inputs ``[heads, T, d]``, or one for all, to ``[heads, T, d_head]`` of each of the projections."""
+    if normed.shape[0] == 1:
+        return tuple(projection(normed) for projection in projections)
+    return tuple(projection(part) for part, projection in _shares(normed, projections))
+
+
+def _project_backward(projections: Sequence[Projection], grads: Sequence[Tensor], grad: Tensor) -> None:
+    """Write the gradient of what was projected into the first rows of ``grad``."""
+    for (out, projection), of_projected in zip(_shares(grad, projections), grads, strict=True):
+        projection.backward(of_projected, out)

@@ -27,6 +27,8 @@ except ImportError as error:
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+# A head's weights are read once for every few tokens: they must stay in the second-level cache.
+_HEAD_BYTES = 2**20
 
 
 def build_note() -> str:
@@ -79,6 +81,8 @@ def force_isa(name: str | None) -> None:
 
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
+    if op.startswith("norm_projection"):
+        return _unsupported_projection(*tensors)
     if not op.startswith("masked_read"):
         return _unsupported_kind("query" if op == "packed_attention" else "x", tensors[-2])
     stream = tensors[0 if op == "masked_read" else 1]
@@ -100,6 +104,20 @@ def _unsupported_kind(name: str, tensor: Tensor | None) -> list[str]:
         reasons.append(f"{name} is on {tensor.device}, not on the CPU")
     if tensor.dtype not in _CODES:
         reasons.append(f"{name} is {tensor.dtype}; the kernels have float32, float64 and bfloat16")
+    return reasons
+
+
+def _unsupported_projection(x: Tensor | None, weight: Tensor | None) -> list[str]:
+    assert x is not None
+    assert weight is not None
+    reasons = _unsupported_kind("x", x)
+    if x.dtype == torch.bfloat16:
+        reasons.append("x is torch.bfloat16; the kernel has float32 and float64")
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        reasons.append("rows of x are not contiguous")
+    head_bytes = weight.shape[1] * weight.shape[2] * weight.element_size()
+    if head_bytes > _HEAD_BYTES:
+        reasons.append(f"a head's weights take {head_bytes} bytes; the kernel is for at most {_HEAD_BYTES}")
     return reasons
 
 
@@ -255,6 +273,57 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered
         weight.data_ptr(),
         eps,
         grad_x.data_ptr(),
+    )
+
+
+def norm_projection(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    centered: bool,
+) -> Tensor:
+    """The norm and the projection of one tile of tokens after the other."""
+    y = x.new_empty(*x.shape[:2], weight.shape[2])
+    norm_bias = None if norm_bias is None else norm_bias.contiguous()
+    if bias is not None and bias.stride(2) != 1:
+        bias = bias.contiguous()
+    _C.norm_projection(  # type: ignore[union-attr]
+        *_projection(x, norm_weight.contiguous(), eps, weight, centered),
+        0 if norm_bias is None else norm_bias.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.stride(0),
+        y.data_ptr(),
+    )
+    return y
+
+
+def norm_projection_grad_(
+    grad: Tensor, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, grad_x: Tensor, centered: bool
+) -> None:
+    """Overwrite ``grad_x`` with the gradient of ``x``."""
+    grad = grad.contiguous()
+    call = _projection(x, norm_weight.contiguous(), eps, weight, centered)
+    _C.norm_projection_backward(*call, grad.data_ptr(), grad_x.data_ptr())  # type: ignore[union-attr]
+
+
+def _projection(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, centered: bool) -> tuple[Any, ...]:
+    """What forward and backward pass to the kernel."""
+    heads, tokens, width = x.shape
+    return (
+        _isa,
+        torch.get_num_threads(),
+        _CODES[x.dtype],
+        centered,
+        (heads, tokens, width, weight.shape[2]),
+        x.data_ptr(),
+        (x.stride(0), x.stride(1)),
+        norm_weight.data_ptr(),
+        eps,
+        weight.data_ptr(),
+        weight.stride(),
     )
 
 

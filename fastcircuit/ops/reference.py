@@ -123,6 +123,28 @@ def norm_backward_(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered
     grad.copy_(rstd * (g - normed * (g * normed).mean(-1, keepdim=True)))
 
 
+def norm_projection(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    centered: bool,
+) -> Tensor:
+    """The norm, then a matrix for each head."""
+    normed = layer_norm(x, norm_weight, norm_bias, eps) if centered else rms_norm(x, norm_weight, eps)
+    return torch.bmm(normed, weight) if bias is None else torch.baddbmm(bias, normed, weight)
+
+
+def norm_projection_grad_(
+    grad: Tensor, x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, grad_x: Tensor, centered: bool
+) -> None:
+    """Overwrite ``grad_x`` with the gradient of ``x``."""
+    torch.bmm(grad, weight.transpose(1, 2), out=grad_x)
+    norm_backward_(grad_x, x, norm_weight, eps, centered)
+
+
 def packed_attention(
     query: Tensor,
     key: Tensor,
