@@ -113,6 +113,9 @@ BAD_CALLS = {
     "graph": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --step graph", "step 'graph' needs a CUDA device"),
     "micro-batch": ("discover {shelf}/gpt2 --task pronoun --micro-batch 0", "micro_batch is 0; it must be at least 1"),
     "dry run": ("discover {shelf}/nothing --task pronoun --dry-run", "no such model directory"),
+    "seed": ("discover {shelf}/gpt2 --task pronoun --seed -1", "seed is -1; it must be 0 or more, and less than 2^63"),
+    "large seed": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --seed 9223372036854775808", "less than 2^63"),
+    "seed of an attribution": ("discover {shelf}/gpt2 --task pronoun --method random --seed -1", "seed is -1"),
     "resume, overwrite": ("discover {shelf}/gpt2 --task pronoun --resume --overwrite", "contradict each other"),
 }
 
