@@ -93,6 +93,16 @@ def unsupported(_):
     BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained("model")
 
 
+def strange_activation(_):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "activation_function": "zork"}))
+
+
+def uneven_heads(_):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "n_head": 7}))
+
+
 def no_config(_):
     Path("model/config.json").write_text("{")
 
@@ -108,6 +118,8 @@ BROKEN_MODELS = {
     reshape: "weight(s) in its file are not of the shape that its config.json says, such as ",
     add: "1 weight(s) in its file have no place in the model that its config.json says, such as ",
     unsupported: "architecture 'bert' is not supported; supported: gpt2, llama, mistral, qwen2",
+    strange_activation: "cannot load model './model': 'zork' is not known",
+    uneven_heads: "divisible by",
     no_config: "cannot load model './model': ",
     no_tokenizer: "cannot load the tokenizer of './model': ",
 }
