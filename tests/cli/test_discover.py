@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import fastcircuit
 from fastcircuit.circuit import Circuit
+from fastcircuit.errors import RunError
 from tests.cli.calls import QUICK
 
 
@@ -146,6 +147,19 @@ def test_a_full_disk_leaves_nothing_half_written(shelf, run, full_disk):
     assert "No space left on device" in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith(f"error: cannot write {full_disk}/run/checkpoint.safetensors: ")
     assert [path for path in full_disk.rglob("*") if path.is_file()] == []
+
+
+def test_masks_are_not_left_without_their_circuit(shelf, run, monkeypatch):
+    def full(path, *_):
+        raise RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("fastcircuit.circuit.write_json", full)
+    code, out, err = run(
+        "discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--method", "random", "--edges", "9", "--out", "a"
+    )
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "error: cannot write a/circuit.json: No space left on device"
+    assert os.listdir("a") == []
 
 
 def test_a_directory_that_may_not_be_written_is_refused_at_once(refuses):
