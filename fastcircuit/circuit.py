@@ -180,6 +180,9 @@ class Circuit:
         if missing:
             raise InputError(f"it has no {', '.join(repr(name) for name in missing)}")
         about = {name: value[name] for name in ("model", "task", "ablation", "metrics", "provenance")}
+        for name in ("model", "metrics", "provenance"):
+            if not isinstance(value[name], dict):
+                raise InputError(f'its "{name}" is not an object but {value[name]!r:.40}')
         return cls.from_edges(_graph_from_dict(value["graph"]), _checked_edges(value["edges"]), **about)
 
     def save_edge_list(self, path: str | os.PathLike[str]) -> None:

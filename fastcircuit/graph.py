@@ -20,6 +20,8 @@ from fastcircuit.errors import InputError
 EmbeddingNodes = Literal["split", "joint", "none"]
 EMBEDDING_NODES: tuple[EmbeddingNodes, ...] = ("split", "joint", "none")
 FINAL_READ = "resid_post"
+# Twice those of the largest open Llama: a damaged file that names more would fill the memory with edges.
+MOST_HEADS = 2**15
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Graph:
             raise InputError(
                 f"a graph needs at least one layer and head, and heads divisible by kv heads; got {self.num_layers} "
                 f"layers, {self.num_heads} heads, {self.num_kv_heads} kv heads"
+            )
+        if self.num_layers * self.num_heads > MOST_HEADS:
+            raise InputError(
+                f"a graph of {self.num_layers} layers of {self.num_heads} heads is too large; at most {MOST_HEADS} "
+                f"heads are accepted"
             )
 
     @classmethod

@@ -120,6 +120,8 @@ def test_changed_fields_are_refused(tmp_path):
         ({"edges": [["tok_embeds"]]}, "is not a .writer, reader. pair"),
         ({"edges": [["a7.h0", "m1"]]}, "no writer 'a7.h0'"),
         ({"edges": 3}, "not a list"),
+        ({"metrics": [1]}, r'its "metrics" is not an object but \[1\]'),
+        ({"model": None}, 'its "model" is not an object but None'),
         ({"ablation": "none"}, "accepted: interchange, mean, zero"),
     ):
         (tmp_path / "c.json").write_text(json.dumps({**good, **change}))

@@ -92,5 +92,7 @@ def test_bad_names_and_shapes_say_what_is_accepted():
         graph.edge_id("m1", "a0.h0.q")
     with pytest.raises(InputError, match="accepted: split, joint, none"):
         Graph(2, 2, 2, "both")
+    with pytest.raises(InputError, match="too large; at most 32768 heads"):
+        Graph(10**7, 8, 4)
     with pytest.raises(InputError, match="divisible"):
         Graph(2, 3, 2)

@@ -86,7 +86,8 @@ def test_sdist_has_everything_a_build_needs(archives):
     for folder in ("csrc", "kernels", "tests", "bench"):
         ours = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h")}
         assert ours <= names, ours - names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "fastcircuit/py.typed"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "constraints.txt", "fastcircuit/py.typed"} <= names
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").iterdir()} <= names  # the README leads there, tests run it
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
 
 

@@ -52,6 +52,8 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is not None:
+            _fail(f"cannot use {error.filename}: {error.strerror}", 2)
         _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
 
 

@@ -12,7 +12,7 @@ from fastcircuit.discovery import acdc as greedy
 from fastcircuit.discovery import attribution
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity
 from fastcircuit.discovery.scores import Scores, node_scores
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, check_seed
 from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import OUTPUT_BIAS, Reference
 from fastcircuit.models.masked import MaskedCausalLM
@@ -49,6 +49,7 @@ class BaselineSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name, accepted in (("ablation", ABLATIONS), ("output_bias", OUTPUT_BIAS)):
             if getattr(self, name) not in accepted:
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")

@@ -22,7 +22,7 @@ from fastcircuit.discovery.planner import planned
 from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.files import write_atomically
 from fastcircuit.masks import Masks
@@ -60,7 +60,11 @@ class Discovery:
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         metadata = {"format": "fastcircuit.masks/1", "columns": ",".join(self.columns)}
         write_atomically(masks, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-        self.circuit.save(circuit)
+        try:
+            self.circuit.save(circuit)
+        except RunError:
+            masks.unlink()  # of no use alone, and not of an earlier circuit that may lie there
+            raise
         return [circuit, masks]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcircuit.circuit import ABLATIONS, Ablation
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, check_seed
 from fastcircuit.evaluation.reference import OUTPUT_BIAS
 
 SCHEDULES = ("linear", "logarithmic")
@@ -74,6 +74,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")

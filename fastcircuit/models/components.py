@@ -1,4 +1,5 @@
-"""One component between its inputs and what it writes, forward and back: a block's attention, a block's MLP.
+"""One component between its inputs and what it writes, forward and back: a block's attention, a block's MLP; and
+what a forward pass leaves of the two for backward.
 
 Backward is written by hand where it saves memory (norms and projections work in place, on one buffer) and left to
 autograd in between (attention itself, the model's own MLP).
@@ -98,3 +99,27 @@ class MlpRun:
         assert self._out is not None
         (grad,) = torch.autograd.grad(self._out, self._normed, grad_out)
         return self.inputs.backward_(grad.contiguous()[None])
+
+
+@dataclass
+class LayerRun:
+    """One layer: its live parts with their graphs, or what it takes to make those again.
+
+    Args:
+        base: what the layer's readers see with all masks 0, ``[T, d]`` (or ``[1, d]``).
+        written: what its ablated heads write together; of the last layer, what its MLP sees with all masks 0.
+        live: the writers its readers see (see :func:`fastcircuit.ops.live_writers`); None: all of the stream's.
+    """
+
+    base: Tensor
+    written: Tensor
+    live: Tensor | None = None
+    attention: AttentionRun | None = None
+    mlp: MlpRun | None = None
+
+    @property
+    def has_graphs(self) -> bool:
+        return self.attention is not None or self.mlp is not None
+
+    def drop_graphs(self) -> None:
+        self.attention = self.mlp = None

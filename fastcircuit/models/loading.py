@@ -110,6 +110,7 @@ def _read_model(name: str, dtype: torch.dtype) -> Any:
         raise InputError(f"cannot load model {name!r}: {reason_of(error)}") from error
     model, report = loaded
     check_all_loaded(report, f"model {name!r}")
+    _check_all_used(report, model, f"model {name!r}")
     return model
 
 
@@ -125,6 +126,25 @@ def check_all_loaded(report: Mapping[str, Any], what: str) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{what}: {len(missing)} weight(s) are not in its file, such as {missing[0]}")
+
+
+def _check_all_used(report: Mapping[str, Any], model: torch.nn.Module, what: str) -> None:
+    """InputError when blocks have weights in the file that the model has no place for: it would compute another thing.
+
+    Weights outside of the blocks (another head on top) and buffers that old files hold do no harm.
+    """
+    modules = model.named_modules()
+    stacks = {name.rpartition(".")[2] for name, module in modules if isinstance(module, torch.nn.ModuleList)}
+    foreign = sorted(
+        key
+        for key in report["unexpected_keys"]
+        if key.endswith((".weight", ".bias")) and any(f".{stack}." in f".{key}" for stack in stacks)
+    )
+    if foreign:
+        raise InputError(
+            f"{what}: {len(foreign)} weight(s) in its file have no place in the model that its config.json says, such "
+            f"as {foreign[0]}; bring the two files of one model together"
+        )
 
 
 def reason_of(error: Exception) -> str:

@@ -274,4 +274,8 @@ def resolve_model(name: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What another library's error says, in one line; with the next line where the first one only announces it."""
+    if isinstance(error, KeyError) and " " not in str(error):
+        return f"{error} is not known"
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first

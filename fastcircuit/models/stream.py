@@ -2,7 +2,7 @@
 
 Writer j's row of the stream is ``D_j = y_j - y~_j``, clean minus ablated; a reader sees
 
-    x_r = base_r + sum_j z_rj D_j          base_r = sum_j y~_j   (DESIGN: the one equation)
+    x_r = base_r + sum_j z_rj D_j          base_r = sum_j y~_j
 
 Forward fills D block by block without building a graph. Backward walks the blocks in reverse: it recomputes a block
 from its reads (or takes up the graph that was kept), differentiates it alone, and adds into one gradient buffer.
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fastcircuit.graph import Graph, Site
 from fastcircuit.models.active import Active
 from fastcircuit.models.anatomy import Anatomy, Attention, NoNorm, Norm
-from fastcircuit.models.components import AttentionRun, MlpRun
+from fastcircuit.models.components import AttentionRun, LayerRun, MlpRun
 from fastcircuit.models.inputs import FusedReads, Inputs, KeptReads
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
@@ -31,30 +31,6 @@ KEEP_BYTES = 2**30
 # Inputs of a layer that are larger than this are made for queries, keys and values one after the other, each of which
 # reads the stream again.
 TOGETHER_BYTES = 2**30
-
-
-@dataclass
-class LayerRun:
-    """One layer: its live parts with their graphs, or what it takes to make those again.
-
-    Args:
-        base: what the layer's readers see with all masks 0, ``[T, d]`` (or ``[1, d]``).
-        written: what its ablated heads write together; of the last layer, what its MLP sees with all masks 0.
-        live: the writers its readers see (see :func:`fastcircuit.ops.live_writers`); None: all of the stream's.
-    """
-
-    base: Tensor
-    written: Tensor
-    live: Tensor | None = None
-    attention: AttentionRun | None = None
-    mlp: MlpRun | None = None
-
-    @property
-    def has_graphs(self) -> bool:
-        return self.attention is not None or self.mlp is not None
-
-    def drop_graphs(self) -> None:
-        self.attention = self.mlp = None
 
 
 @dataclass

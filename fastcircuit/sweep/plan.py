@@ -11,7 +11,7 @@ from fastcircuit.discovery.acdc import check_threshold
 from fastcircuit.discovery.discovery import METHODS as CIRCUIT_METHODS
 from fastcircuit.discovery.rounding import edges_for_sparsity
 from fastcircuit.discovery.settings import Settings
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, check_seed
 from fastcircuit.graph import Graph
 
 EXTRACTION = "extract"
@@ -87,6 +87,8 @@ class Plan:
                 raise InputError(f"a sweep needs {name}; give at least one")
             if len(set(values)) < len(values):
                 raise InputError(f"{name} names one twice: {', '.join(map(str, values))}")
+        for seed in self.seeds:
+            check_seed(seed)
         for method in self.methods:
             if method not in METHODS:
                 raise InputError(f"no method {method!r}; methods of a sweep are {', '.join(METHODS)}")

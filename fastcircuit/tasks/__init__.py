@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, check_seed
 from fastcircuit.tasks import (
     acronyms,
     boolean,
@@ -66,9 +66,10 @@ def load_task(
         sizes: pairs per split, in place of the task's own, e.g. ``{"train": 64}``; a file gives at most as many.
 
     Raises:
-        InputError: no such task or file, a row that is wrong, or a tokenizer the task does not fit.
+        InputError: no such task or file, a row that is wrong, a tokenizer the task does not fit, a seed below 0.
     """
     sizes = _checked(sizes or {})
+    check_seed(seed)
     name = os.fspath(name_or_path)
     if name in _BUILDERS:
         build, own_sizes = _BUILDERS[name]

@@ -18,6 +18,7 @@ BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "option": ("info --frobnicate", "No such option: --frobnicate"),
     "command": ("frobnicate", "No such command 'frobnicate'"),
+    "long name": (f"discover {{shelf}}/gpt2 --task pronoun --out {'x' * 300}", "xxx: File name too long"),
     "choice": ("discover {shelf}/gpt2 --device tpu", "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
 }
 

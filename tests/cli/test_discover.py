@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import fastcircuit
 from fastcircuit.circuit import Circuit
+from fastcircuit.errors import RunError
 from tests.cli.calls import QUICK
 
 
@@ -113,6 +114,9 @@ BAD_CALLS = {
     "graph": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --step graph", "step 'graph' needs a CUDA device"),
     "micro-batch": ("discover {shelf}/gpt2 --task pronoun --micro-batch 0", "micro_batch is 0; it must be at least 1"),
     "dry run": ("discover {shelf}/nothing --task pronoun --dry-run", "no such model directory"),
+    "seed": ("discover {shelf}/gpt2 --task pronoun --seed -1", "seed is -1; it must be 0 or more, and less than 2^63"),
+    "large seed": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --seed 9223372036854775808", "less than 2^63"),
+    "seed of an attribution": ("discover {shelf}/gpt2 --task pronoun --method random --seed -1", "seed is -1"),
     "resume, overwrite": ("discover {shelf}/gpt2 --task pronoun --resume --overwrite", "contradict each other"),
 }
 
@@ -143,6 +147,19 @@ def test_a_full_disk_leaves_nothing_half_written(shelf, run, full_disk):
     assert "No space left on device" in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith(f"error: cannot write {full_disk}/run/checkpoint.safetensors: ")
     assert [path for path in full_disk.rglob("*") if path.is_file()] == []
+
+
+def test_masks_are_not_left_without_their_circuit(shelf, run, monkeypatch):
+    def full(path, *_):
+        raise RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("fastcircuit.circuit.write_json", full)
+    code, out, err = run(
+        "discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--method", "random", "--edges", "9", "--out", "a"
+    )
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "error: cannot write a/circuit.json: No space left on device"
+    assert os.listdir("a") == []
 
 
 def test_a_directory_that_may_not_be_written_is_refused_at_once(refuses):

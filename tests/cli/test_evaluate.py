@@ -84,6 +84,7 @@ BAD_CALLS = {
         "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --scores {run}/circuit.json",
         "needs tensors edge and node",
     ),
+    "seed": ("evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --seed -1", "seed is -1; it must"),
     "idle option": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --signed", "give both"),
     "file of edges": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --edge-faithfulness e.txt", "end in .csv"),
     "circuit of own data": ("evaluate {shelf}/gpt2 {run}/circuit.json", "no task 'pairs'; tasks: acronyms"),

@@ -84,8 +84,23 @@ def reshape(_):
     Path("model/config.json").write_text(json.dumps({**config, "n_embd": 48}))
 
 
+def add(_):
+    norm, gate = "transformer.h.1.ln_1.bias", "transformer.h.1.attn.c_gate.weight"
+    break_weights(norm, lambda tensors, name: tensors.update({gate: tensors[name].clone()}))
+
+
 def unsupported(_):
     BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained("model")
+
+
+def strange_activation(_):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "activation_function": "zork"}))
+
+
+def uneven_heads(_):
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "n_head": 7}))
 
 
 def no_config(_):
@@ -101,7 +116,10 @@ BROKEN_MODELS = {
     poison: "weight transformer.h.1.mlp.c_fc.weight holds NaN or infinity",
     drop: "1 weight(s) are not in its file, such as transformer.h.1.mlp.c_fc.weight",
     reshape: "weight(s) in its file are not of the shape that its config.json says, such as ",
+    add: "1 weight(s) in its file have no place in the model that its config.json says, such as ",
     unsupported: "architecture 'bert' is not supported; supported: gpt2, llama, mistral, qwen2",
+    strange_activation: "cannot load model './model': 'zork' is not known",
+    uneven_heads: "divisible by",
     no_config: "cannot load model './model': ",
     no_tokenizer: "cannot load the tokenizer of './model': ",
 }

@@ -54,6 +54,7 @@ def test_a_plan_names_its_runs():
         ({"methods": ("acdc", "adcd")}, "no method 'adcd'; methods of a sweep are edge-pruning, eap, "),
         ({"methods": ()}, "a sweep needs methods"),
         ({"seeds": (1, 1)}, "seeds names one twice"),
+        ({"seeds": (0, -1)}, "seed is -1; it must be 0 or more"),
         ({"sparsities": (95.0,)}, "sparsity is 95.0"),
         ({"thresholds": (float("nan"),)}, "threshold is nan"),
         ({"ablation": "noise"}, "ablation is 'noise'"),
