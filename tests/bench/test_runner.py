@@ -122,6 +122,12 @@ def test_peak_memory_is_that_of_the_variant(monkeypatch):
         peak_bytes(case, "1", QUICK, 1)
 
 
+def test_the_memory_of_a_compiler_is_not_a_variants(monkeypatch):
+    monkeypatch.setattr("fastcircuit.benchmarks.runner.peak_bytes", lambda case, name, target, threads: 7)
+    fast, slow = measured(toy(counts_memory=True, no_memory=("slow",))).rows
+    assert (fast.peak_bytes, slow.peak_bytes) == (7, None)
+
+
 def test_sparse_points_skip_what_is_off():
     """The curve against sparsity is one of steps that sample so many zeros."""
     case = next(case for case in load("scaling", QUICK) if case.axis == "sparsity")
