@@ -1,7 +1,6 @@
 """The one runner: gate, then time in turns, then memory; a row per variant, and what is wrong."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from fastcircuit.errors import RunError
 
 NOISE = 0.1  # what a measurement may lie above its bound before one of the two is called wrong
 AGAIN = 3  # times the ceilings are measured again before that
-QUICK, FULL = Budget(2.0, least_rounds=5), Budget(8.0, least_rounds=7)
+QUICK, FULL = Budget(2.0, least_rounds=5), Budget(6.0, least_rounds=7)
 
 OnCase = Callable[[str, int, int], None]
 
@@ -33,12 +32,13 @@ class Results:
 
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "Results") -> None:
         self.rows += other.rows
         self.problems += other.problems
-        self.seconds += other.seconds
+        for suite, seconds in other.seconds.items():
+            self.seconds[suite] = self.seconds.get(suite, 0.0) + seconds
 
 
 def run(
