@@ -124,11 +124,11 @@ def plain_step(model: object, shape: Shape, compiled: bool) -> Step:
     run = run_of(MaskedCausalLM(model), shape, Execution("dynamic"))
     batch = run.reference.batch(torch.arange(shape.batch))
     mask = torch.ones(run.model.graph.num_edges, dtype=run.model.mask_dtype, device=run.model.device)
-    tokens, kl = batch.token_ids.view(shape.batch, -1), torch.compile(plain_kl) if compiled else plain_kl
+    tokens, kl = batch.token_ids.view(shape.batch, -1), plain_kl(run.model, compiled)
 
     def gradient() -> Tensor:
         leaf = mask.detach().requires_grad_()
-        loss = kl(run.model, leaf, tokens, batch.ablated, batch.answers.tokens, batch.answers.log_probs)
+        loss = kl(leaf, tokens, batch.ablated, batch.answers.tokens, batch.answers.log_probs)
         return torch.autograd.grad(loss, leaf)[0]
 
     return gradient

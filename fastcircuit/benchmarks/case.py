@@ -62,6 +62,7 @@ class Case:
         bound: the largest speed-up over the baseline that the work left allows, from what ``setup`` returned.
         bounded: the variants the bound is for.
         counts_memory: measure every variant's peak memory too, each in a process of its own.
+        no_memory: the variants whose peak would be that of a compiler at work, and is not measured.
         axis: the variants are points of a curve against this quantity, and their names its values.
         exponents: what a curve's fitted exponent may be.
         ours: the variants that are this package's, which floors are kept of.
@@ -79,6 +80,7 @@ class Case:
     bound: Callable[[Any], float] | None = None
     bounded: tuple[str, ...] = ()
     counts_memory: bool = False
+    no_memory: tuple[str, ...] = ()
     axis: str | None = None
     exponents: tuple[float, float] | None = None
     ours: tuple[str, ...] = field(default=("fastcircuit",))

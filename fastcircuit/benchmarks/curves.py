@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import log
 from statistics import median
+from typing import Any
 
 from fastcircuit.benchmarks.case import Case
 from fastcircuit.benchmarks.rows import Row
@@ -33,6 +34,15 @@ class Curve:
         return (
             f"{self.case}: {self.what} grows with {self.axis} to the {self.exponent:.2f}; accepted: {low:g} to {high:g}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "case": self.case,
+            "axis": self.axis,
+            "what": self.what,
+            "exponent": None if self.exponent is None else round(self.exponent, 3),
+            "accepted": self.accepted,
+        }
 
     def __str__(self) -> str:
         grows = "" if self.exponent is None else f", {self.axis}^{self.exponent:.2f}"

@@ -1,5 +1,6 @@
 """The one runner: gate, then time in turns, then memory; a row per variant, and what is wrong."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,21 +17,28 @@ from fastcircuit.errors import RunError
 
 NOISE = 0.1  # what a measurement may lie above its bound before one of the two is called wrong
 AGAIN = 3  # times the ceilings are measured again before that
-QUICK, FULL = Budget(2.0, least_rounds=5), Budget(15.0, least_rounds=7)
+QUICK, FULL = Budget(2.0, least_rounds=5), Budget(6.0, least_rounds=7)
 
 OnCase = Callable[[str, int, int], None]
 
 
 @dataclass
 class Results:
-    """Rows of the cases whose gate is green, and one line for everything that is not as it should be."""
+    """Rows of the cases whose gate is green, and one line for everything that is not as it should be.
+
+    Args:
+        seconds: that each suite took, with its gates, compilers and processes.
+    """
 
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: "Results") -> None:
         self.rows += other.rows
         self.problems += other.problems
+        for suite, seconds in other.seconds.items():
+            self.seconds[suite] = self.seconds.get(suite, 0.0) + seconds
 
 
 def run(
@@ -57,10 +65,15 @@ def run(
         for number, case in enumerate(cases):
             if on_case is not None:
                 on_case(case.key, number, len(cases))
+            start = time.perf_counter()
             measure = _Measurement(case, target, count, budget or (QUICK if target.quick else FULL))
-            found = measure.run(timer or clock(case.device))
+            try:
+                found = measure.run(timer or clock(case.device))
+            except (RuntimeError, MemoryError) as error:  # no memory, no compiler: the other cases go on
+                found = Results(problems=[f"{case.key}: {_one_line(error)}"])
             if found.rows:
                 keep(found.rows)
+            found.seconds[case.suite] = time.perf_counter() - start
             results.add(found)
         if on_case is not None and cases:
             on_case(cases[-1].key, len(cases), len(cases))
@@ -96,8 +109,6 @@ class _Measurement:
             first = {name: timer.check(variant.call) for name, variant in variants.items()}
             seconds = interleave({name: variant.call for name, variant in variants.items()}, timer, self.budget, first)
             self.bound = None if case.bound is None else case.bound(state)
-        except RunError as error:
-            return [str(error)]
         finally:
             for variant in variants.values():
                 variant.close()
@@ -138,6 +149,7 @@ class _Measurement:
         spread = Spread.of(self.times[name])
         ratio = self._ratios(name) if case.baseline is not None else None
         floor = None if work is None else self.ceilings.floor(work, dtype)
+        counted = case.counts_memory and name not in case.no_memory
         return Row(
             suite=case.suite,
             name=case.name,
@@ -161,7 +173,15 @@ class _Measurement:
             percent_of_floor=None if floor is None else 100 * floor / spread.p50,
             matmul_gflops=None if work is None else self.ceilings.flops_per_second(dtype) / 1e9,
             stream_gbs=None if work is None else self.ceilings.bytes_per_second(work.bytes) / 1e9,
-            peak_bytes=peak_bytes(case, name, self.target, self.threads) if case.counts_memory else None,
+            peak_bytes=peak_bytes(case, name, self.target, self.threads) if counted else None,
             quick=self.target.quick,
             **about,
         )
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong, and of what is not ours what kind of error it was."""
+    if isinstance(error, RunError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -16,7 +16,7 @@ from fastcircuit.submodel.speed import without_collection
 SHORTEST = 1e-3  # seconds: shorter calls are repeated, so that the clock is not what is measured
 MOST_PER_ROUND = 5
 SLOW_ROUNDS = 3  # at least, of calls that take longer than a case's budget
-ONCE = 10  # budgets: a call that takes longer is timed once, its first time
+ONCE = 7  # budgets: a call that takes longer is timed once, its first time
 LEFT_OVER = 0.5  # of a call's time that may pass until its result can be read
 
 Call = Callable[[], object]

@@ -63,11 +63,25 @@ def run_suite(suite: str, device: Device, quick: bool, threads: int | None, resu
     files = rows.files(results, found.rows)
     if as_json:
         shown = [row.to_dict() for row in found.rows]
-        print_json({"suite": suite, "rows": shown, "files": [str(file) for file in files], "problems": problems})
+        seconds = {name: round(value, 1) for name, value in found.seconds.items()}
+        written = [str(file) for file in files]
+        fitted = [curve.to_dict() for curve in grown]
+        print_json(
+            {
+                "suite": suite,
+                "rows": shown,
+                "curves": fitted,
+                "files": written,
+                "problems": problems,
+                "seconds": seconds,
+            }
+        )
     else:
         stdout.print(bench_table([row.to_dict() for row in found.rows], [str(curve) for curve in grown]))
         for file in files:
             stdout.print(f"appended to {file}", markup=False, soft_wrap=True)
+        took = ", ".join(f"{name} {value / 60:.1f}" for name, value in found.seconds.items())
+        stdout.print(f"minutes: {took}", markup=False, soft_wrap=True)
     if problems:
         raise RunError("; ".join(problems))
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.evaluation.registry import METRICS
@@ -165,7 +165,9 @@ def bench_table(rows: list[dict[str, Any]], curves: list[str]) -> Group:
     tables = []
     for case in dict.fromkeys((row["suite"], row["name"], row["shape"], row["dtype"]) for row in rows):
         of_case = [row for row in rows if (row["suite"], row["name"], row["shape"], row["dtype"]) == case]
-        table = Table(of_case[0]["axis"] or "variant", "p50, ms", "p20 to p80", "ratio", "95 %", "of floor", "peak, MB")
+        table = Table(Column(of_case[0]["axis"] or "variant", overflow="fold", min_width=11))
+        for column in ("p50, ms", "p20 to p80", "ratio", "95 %", "floor", "MB"):
+            table.add_column(column)
         table.title, table.title_justify = ", ".join(case[1:]), "left"
         for row in of_case:
             with_parts = f" (1 of {row['parts']})" if row["parts"] > 1 else ""

@@ -9,6 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fastcircuit.benchmarks.baselines.edge_pruning_step import PublishedEdgePruning, expected_mask, sample_mask
+from fastcircuit.benchmarks.models import Shape
+from fastcircuit.benchmarks.suites import step as step_suite
 
 VOCABULARY, LENGTH = 19, 7
 
@@ -173,3 +175,27 @@ class Oracle:
             q, k, v = (block.ln_1(x) @ w[:, r] + b[r] for x, w, b, r in zip(inputs, weights, biases, rows, strict=True))
             out, bias = attn.c_proj.weight[rows[0]], attn.c_proj.bias / config.num_attention_heads
         return F.scaled_dot_product_attention(q, k, v, is_causal=True) @ out + bias
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_the_plain_step_compiles_to_one_graph_and_learns_as_ours(architecture: str, monkeypatch: Any) -> None:
+    compiled_with: list[dict[str, Any]] = []
+    compiler = torch.compile
+
+    def in_seconds(function: Any, **options: Any) -> Any:
+        compiled_with.append(options)
+        return compiler(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", in_seconds)
+    operands = step_suite.Operands(Shape(2, 4, 32, 101, 2, 9, architecture, kv_heads=2), "cpu")
+    variants = [step_suite.plain_step(operands, compiled) for compiled in (False, True)]
+    assert [variant.check() for variant in variants] == [None, None]
+    assert compiled_with == [{"fullgraph": True, "dynamic": False}]
+    runs = [step_suite.edge_pruning(operands, backend="reference") for _ in range(2)]
+    runs[1].stepper = step_suite.PlainStepper(runs[1], compiled=False)
+    for run in runs:
+        with torch.no_grad():
+            run.parameters.edge -= 9.0
+        for _ in range(3):
+            run.step()
+    torch.testing.assert_close(runs[0].parameters.edge, runs[1].parameters.edge, atol=1e-4, rtol=1e-4)

@@ -129,6 +129,22 @@ def test_one_red_case_does_not_hide_the_others():
     assert found.problems == ["toy/bad/small/float32: fastcircuit: it is wrong"]
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("not enough memory: you tried\nmore"), MemoryError(), RunError("stopped")]
+)
+def test_a_case_that_fails_says_so_and_the_others_go_on(error):
+    def fails(state):
+        raise error
+
+    bad = dataclasses.replace(toy("bad", baseline=None), variants={"fastcircuit": fails})
+    found = measured(bad, toy("good"))
+    assert {row.name for row in found.rows} == {"good"}
+    (problem,) = found.problems
+    assert problem.startswith("toy/bad/small/float32: ")
+    assert problem.endswith(("RuntimeError: not enough memory: you tried", "MemoryError", ": stopped"))
+    assert set(found.seconds) == {"toy"}
+
+
 def test_variants_are_closed_whatever_happens():
     closed = []
     close = functools.partial(closed.append, True)
@@ -143,7 +159,7 @@ def test_variants_are_closed_whatever_happens():
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_step_with_wrong_masks_or_gradients_is_red(architecture):
     operands = step.Operands(Shape(2, 4, 32, 101, 2, 9, architecture, kv_heads=2), "cpu")
-    for make in (step.fastcircuit_step, step.torch_step, step.published_step):
+    for make in (step.fastcircuit_step, step.plain_step, step.published_step):
         assert make(operands).check() is None
     cheaper = step.Operands(operands.shape, "cpu", published_truth=False)
     for truth, same in zip(operands.truth, cheaper.truth, strict=True):

@@ -112,7 +112,7 @@ def test_a_suite_that_is_not_there():
 
 
 def test_peak_memory_is_that_of_the_variant(monkeypatch):
-    case = next(case for case in load("scaling", QUICK) if case.counts_memory)
+    case = next(case for case in load("scaling", QUICK) if case.axis == "tokens" and case.counts_memory)
     few, many = (
         peak_bytes(case, name, QUICK, 1) for name in (min(case.variants, key=int), max(case.variants, key=int))
     )
@@ -120,6 +120,12 @@ def test_peak_memory_is_that_of_the_variant(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RunError, match="the peak memory of 1 could not be measured: exit code 1"):
         peak_bytes(case, "1", QUICK, 1)
+
+
+def test_the_memory_of_a_compiler_is_not_a_variants(monkeypatch):
+    monkeypatch.setattr("fastcircuit.benchmarks.runner.peak_bytes", lambda case, name, target, threads: 7)
+    fast, slow = measured(toy(counts_memory=True, no_memory=("slow",))).rows
+    assert (fast.peak_bytes, slow.peak_bytes) == (7, None)
 
 
 def test_sparse_points_skip_what_is_off():

@@ -59,7 +59,8 @@ def test_a_suite_prints_its_table_and_appends_rows(toys, run, answer):
         ("slow", True, 1),
     ]
     found = answer("bench", "--results", "runs/bench")
-    assert (found["suite"], found["problems"]) == ("all", [])
+    assert (found["suite"], found["problems"], found["curves"]) == ("all", [], [])
+    assert set(found["seconds"]) == {"toy"}
     assert rows.read(Path("runs/bench"))[:2] == first
     assert [new["variant"] for new in found["rows"]] == ["fastcircuit", "slow"]
     assert len(rows.read(Path("runs/bench"))) == 4
@@ -79,8 +80,11 @@ def test_a_curve_that_is_too_steep_fails(toys, run):
     case = toy(baseline=None, axis="tokens", exponents=(0.6, 1.4))
     variants = {x: lambda _, s=s: toy(fast=s).variants["fastcircuit"](None) for x, s in points.items()}
     toys(type(case)(**{**vars(case), "variants": variants}))
-    code, _, err = run("bench", "scaling", "--quick")
+    code, out, err = run("bench", "scaling", "--quick", "--json")
     assert code == 1
+    (curve,) = json.loads(out)["curves"]
+    assert (curve["what"], curve["accepted"]) == ("p50_ms", [0.6, 1.4])
+    assert curve["exponent"] == pytest.approx(3.0)
     assert "p50_ms grows with tokens to the " in err
     assert "accepted: 0.6 to 1.4" in err
 

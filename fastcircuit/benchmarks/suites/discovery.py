@@ -26,6 +26,7 @@ def cases(target: Target) -> Iterator[Case]:
         setup=functools.partial(Operands, steps, target.device),
         variants={"fastcircuit": fastcircuit, "published": published},
         baseline="published",
+        counts_memory=not target.quick,
     )
 
 

@@ -17,12 +17,13 @@ FACTOR = 3.0
 LOGIT_SPREAD = 3.0
 GPT2_SMALL_150 = Shape(batch=300, tokens=15)
 QUICK = Shape(layers=6, heads=8, width=256, vocabulary=4096, batch=80, tokens=15)
+SKIPPED = 5  # all 30 thresholds take ten minutes
 PROOF = Shape(layers=3, heads=4, width=32, vocabulary=101, batch=20, tokens=9)
 
 
 def cases(target: Target) -> Iterator[Case]:
     name, shape = ("6 layers", QUICK) if target.quick else ("GPT-2 small", GPT2_SMALL_150)
-    for kind, thresholds in (("as drawn", (1e-3,)), ("opinionated", (1e-1,)), ("as drawn", THRESHOLDS)):
+    for kind, thresholds in (("as drawn", (1e-3,)), ("opinionated", (1e-1,)), ("as drawn", THRESHOLDS[::SKIPPED])):
         if len(thresholds) > 1 and target.quick:
             continue
         what = f"threshold {thresholds[0]:g}" if len(thresholds) == 1 else f"{len(thresholds)} thresholds"

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
-from fastcircuit.benchmarks.case import Case, Target, Variant
+from fastcircuit.benchmarks.case import Case, Target, Variant, Work
 from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import GPT2_SMALL, Shape, random_ids, random_model
 from fastcircuit.submodel.compile import compile_submodel
@@ -28,7 +29,7 @@ ANSWERS = (5, 9)
 
 
 def cases(target: Target) -> Iterator[Case]:
-    batches = (8,) if target.quick else (1, 8, 32)
+    batches = (8,) if target.quick else (1, 32)
     chosen: list[tuple[str, tuple[int, ...] | None]] = [(name, None) for name in CIRCUITS]
     chosen.append(("2 heads, 3 MLPs", ANSWERS))
     for circuit, answers in chosen[2:] if target.quick else chosen:
@@ -142,27 +143,41 @@ def _decoding(model: Any, ids: Tensor) -> Callable[[], Tensor]:
 
 
 def submodel(operands: Operands, compiled: bool = False) -> Variant:
-    call = operands.logits(operands.smaller)
-    return _variant(call, compiled, lambda result: operands.check(result, operands.ablated))
+    return _variant(operands, operands.smaller, compiled, lambda result: operands.check(result, operands.ablated))
 
 
 def whole(operands: Operands) -> Variant:
-    call = operands.logits(operands.whole)
-    return _variant(call, False, lambda result: operands.check(result, operands.full))
+    return _variant(operands, operands.whole, False, lambda result: operands.check(result, operands.full))
 
 
 def original(attention: str, operands: Operands, compiled: bool = False) -> Variant:
     """The Hugging Face model with one of its attention implementations; the weights are shared."""
     model = copy.deepcopy(operands.model, {id(weight): weight for weight in operands.model.parameters()})
     model.set_attn_implementation(attention)
-    return _variant(operands.logits(model), compiled, lambda result: operands.check(result, operands.full))
+    return _variant(operands, model, compiled, lambda result: operands.check(result, operands.full))
 
 
-def _variant(call: Callable[[], Tensor], compiled: bool, check: Callable[[Tensor], str | None]) -> Variant:
+def _variant(operands: Operands, model: Any, compiled: bool, check: Callable[[Tensor], str | None]) -> Variant:
+    call = operands.logits(model)
     if compiled:
         torch.compiler.reset()  # of one function only a few variants are compiled, and the others run eagerly
         call = torch.compile(call, dynamic=False)
-    return Variant(call, lambda: check(call()))
+    return Variant(call, lambda: check(call()), work=least_work(model, operands.shape, operands.phase))
+
+
+def least_work(model: Any, shape: Shape, phase: str) -> Work:
+    """Of all passes: every matrix that is left read once, and multiplied with every token.
+
+    The last block and the head are needed at one position alone; attention, norms and embeddings are left out.
+    """
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    *earlier, last = [
+        sum(part.weight.numel() for part in block.modules() if isinstance(part, (nn.Linear, Conv1D)))
+        for block in blocks
+    ]
+    once = last + model.lm_head.weight.numel()
+    passes, tokens = (DECODED, 1) if phase == "decode" else (1, shape.tokens)
+    return Work(2 * passes * shape.batch * (tokens * sum(earlier) + once), 4 * (sum(earlier) + once))
 
 
 def spread(shape: Shape, heads: int, mlps: int) -> tuple[Kept, Constants]:

@@ -4,12 +4,14 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastcircuit.benchmarks.baselines.edge_pruning_step import PublishedEdgePruning
+from fastcircuit.benchmarks.baselines.plain_torch_step import plain_kl
 from fastcircuit.benchmarks.case import Case, Target, Variant, Work
 from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import SHAPES, Shape, random_model, random_pairs, room
@@ -17,29 +19,40 @@ from fastcircuit.discovery.edge_pruning import EdgePruning
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.discovery.steppers import DynamicStepper
 from fastcircuit.evaluation.metrics import kl_divergence
-from fastcircuit.evaluation.reference import Reference
-from fastcircuit.masks import Masks
+from fastcircuit.evaluation.reference import Batch, Reference
+from fastcircuit.masks import Masks, edge_writers
 from fastcircuit.models.masked import MaskedCausalLM
 
 QUICK = Shape(layers=3, vocabulary=8192, batch=2, tokens=32)
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 LONG = 10**6  # steps of a run that never gets sparser
+PATIENCE = 2  # times the room of a case that a baseline may take
+COMPILED_LAYERS = 12  # compiling takes minutes, more with every layer
+REFERENCE, PLAIN = "reference backend", "plain torch"
 
 
 def cases(target: Target) -> Iterator[Case]:
-    names = ("stories260K",) if target.quick else ("stories260K", "GPT-2 small", "GPT-2 medium")
-    for name in names:
-        yield step_case(name, SHAPES[name], target)
+    yield step_case("stories260K", SHAPES["stories260K"], target)
     if target.quick:
         yield step_case("GPT-2 small, 3 layers", QUICK, target)
+        return
+    yield step_case("GPT-2 small", SHAPES["GPT-2 small"], target)
+    yield step_case("GPT-2 medium", replace(SHAPES["GPT-2 medium"], batch=1), target)
 
 
 def step_case(name: str, shape: Shape, target: Target) -> Case:
-    """A step of ``shape``; the published one too where it fits."""
-    variants: dict[str, Callable[[Operands], Variant]] = {"fastcircuit": fastcircuit_step, "torch": torch_step}
-    published = published_bytes(shape) < 4 * room(target.device)
-    if published:
+    """A step of ``shape``; the published one and plain torch too where they fit, compiled where there is the time."""
+    variants: dict[str, Callable[[Operands], Variant]] = {
+        "fastcircuit": fastcircuit_step,
+        REFERENCE: functools.partial(fastcircuit_step, backend="reference"),
+    }
+    most = PATIENCE * room(target.device)
+    if plain_bytes(shape) < most:
+        variants[PLAIN] = plain_step
+        if not target.quick and shape.layers <= COMPILED_LAYERS:
+            variants[f"{PLAIN}, compiled"] = functools.partial(plain_step, compiled=True)
+    if published_bytes(shape) < most:
         variants["published"] = published_step
     return Case(
         suite="step",
@@ -47,17 +60,24 @@ def step_case(name: str, shape: Shape, target: Target) -> Case:
         shape=f"{name}: {shape}",
         dtype="float32",
         device=target.device,
-        setup=functools.partial(Operands, shape, target.device),
+        setup=functools.partial(Operands, shape, target.device, published_truth=2 * published_bytes(shape) < most),
         variants=variants,
-        baseline="published" if published else "torch",
+        baseline=next(name for name in ("published", PLAIN, REFERENCE) if name in variants),
         work=least_work(shape),
         counts_memory=not target.quick,
+        no_memory=(f"{PLAIN}, compiled",),
     )
 
 
 def published_bytes(shape: Shape) -> int:
     """What the published step keeps: a copy of the stream per write, and eager attention's scores."""
     return (2 * shape.layers + 1) * shape.graph.num_writers * shape.batch * shape.tokens * shape.width * 4
+
+
+def plain_bytes(shape: Shape) -> int:
+    """What plain torch keeps: at every site the stream so far, and what its readers read."""
+    rows = sum(site.num_writers + site.num_readers for site in shape.graph.sites)
+    return rows * shape.batch * shape.tokens * shape.width * 4
 
 
 def least_work(shape: Shape) -> Work:
@@ -68,15 +88,20 @@ def least_work(shape: Shape) -> Work:
     """
     graph, tokens, width = shape.graph, shape.batch * shape.tokens, shape.width
     reads = sum(2 * site.num_edges * tokens * width for site in graph.sites[:-1])
-    head = width // shape.heads
-    matrices = 3 if shape.architecture == "llama" else 2
-    per_block = width * head * (2 * shape.heads + 2 * graph.num_kv_heads)
-    per_block += matrices * width * (shape.mlp_width or 4 * width)
+    per_block = block_weights(shape)
     products = 2 * tokens * per_block * (shape.layers - 1)  # the last block runs at the answers alone
     unembedding = 2 * shape.batch * width * shape.vocabulary
     stream = graph.num_writers * tokens * width
     weights = per_block * shape.layers + width * shape.vocabulary
     return Work(2 * (reads + products + unembedding), 4 * (2 * weights + 4 * stream))
+
+
+def block_weights(shape: Shape) -> int:
+    """Numbers in the matrices of one block."""
+    head, width = shape.width // shape.heads, shape.width
+    matrices = 3 if shape.architecture == "llama" else 2
+    attention = width * head * (2 * shape.heads + 2 * shape.graph.num_kv_heads)
+    return attention + matrices * width * (shape.mlp_width or 4 * width)
 
 
 class Operands:
@@ -162,9 +187,31 @@ def fastcircuit_step(operands: Operands, **changes: Any) -> Variant:
     return Variant(run.step, functools.partial(operands.check, our_divergence(run)))
 
 
-def torch_step(operands: Operands) -> Variant:
-    """Our formula (one stream, cached runs, answers only) with every masked read in plain torch."""
-    return fastcircuit_step(operands, backend="reference")
+class PlainStepper(DynamicStepper):
+    """Our step with the KL in plain torch, which autograd differentiates."""
+
+    def __init__(self, run: EdgePruning, compiled: bool) -> None:
+        super().__init__(run.reference, run.parameters, None)
+        self.kl = plain_kl(run.model, compiled)
+        self.writers = edge_writers(run.model.graph, run.model.device)
+
+    def divergence(self, masks: Masks, batch: Batch) -> Tensor:
+        edge = masks.edge if masks.node is None else masks.edge * masks.node.index_select(0, self.writers)
+        tokens = batch.token_ids.unflatten(0, (batch.size, -1))
+        return self.kl(edge, tokens, batch.ablated, batch.answers.tokens, batch.answers.log_probs)
+
+
+def plain_step(operands: Operands, compiled: bool = False) -> Variant:
+    """Our formula written down for autograd: what one gets from torch without any of our code in the model."""
+    run = edge_pruning(operands, backend="reference")
+    run.stepper = stepper = PlainStepper(run, compiled)
+    everything = run.reference.batch(torch.arange(len(run.reference)))
+
+    def check() -> str | None:
+        run.step()  # a compiled step is compiled before it is timed, however long that takes
+        return operands.check(lambda edge, node: stepper.divergence(Masks(edge, node), everything))
+
+    return Variant(run.step, check)
 
 
 def published_step(operands: Operands) -> Variant:
