@@ -73,7 +73,7 @@ class _Search:
         points = clean_points(reference.first(MOST_EXAMPLES), "kl", BATCH_BYTES)
         self.runs = [IncrementalRun(point, self.keep) for point in points]
         self.examples = sum(run.point.batch.size for run in self.runs)
-        tokens = max(run.clean.packing.num_tokens for run in self.runs)
+        tokens = max(run.num_tokens for run in self.runs)
         copy = 8 * tokens * reference.model.config.hidden_size * reference.model.dtype.itemsize
         self.most = max(1, COPY_BYTES // copy)
         self.width, self.kl = 1, 0.0

@@ -217,7 +217,7 @@ def _best_of_size(run: EdgePruning, num_edges: int, on_round: OnRound | None) ->
         eliminated = refiner.eliminate(top_circuit(graph, scores, more, settings.ablation), num_edges)
         best = min(best, eliminated or best, key=refiner.kl)
         best = refiner.regrow(best, settings.refine_surplus, settings.refine_cycles)
-    return refiner.swap(best, settings.refine_swaps)
+    return refiner.finish(best, settings.refine_swaps)
 
 
 def _fewest_within(run: EdgePruning, kl_budget: float, on_round: OnRound | None) -> Circuit:

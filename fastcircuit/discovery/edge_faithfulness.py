@@ -141,8 +141,8 @@ def _add_kls_of_circuit(point: CleanPoint, circuit: Circuit, found: np.ndarray) 
 
 def _add_without_each(run: IncrementalRun, number: int, circuit: Circuit, found: np.ndarray, otherwise: float) -> None:
     """Add the loss without each edge of ``circuit`` into one site, one at a time, ``otherwise`` where none changes."""
-    site, clean = circuit.graph.sites[number], run.clean
-    copy = 8 * clean.packing.num_tokens * run.point.embeds.shape[-1] * run.point.embeds.element_size()
+    site = circuit.graph.sites[number]
+    copy = 8 * run.num_tokens * run.point.embeds.shape[-1] * run.point.embeds.element_size()
     for row in range(site.num_readers):
         writers = np.flatnonzero(site.view(circuit.keep)[row])
         values = np.full(len(writers), otherwise)

@@ -3,16 +3,19 @@
 In front of the reader that is being decided everything is the clean run. Behind it, components that no kept path joins
 to the output are never run; of the others, those run again that read, through kept edges, something that changed, and
 at the answers alone if no key or value depends on what they write. Many removals run at once as copies of the batch.
+
+Of a prompt and its corrupted one, the tokens in front of the first that differs are the same run: nothing there ever
+changes, and only attention still sees them, as clean keys and values.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastcircuit.discovery.exact import which_projection
-from fastcircuit.discovery.plain_run import PlainRun
+from fastcircuit.discovery.plain_run import Differences, PlainRun
 from fastcircuit.discovery.points import CleanPoint
 from fastcircuit.models.states import attend
 from fastcircuit.ops import masked_read
@@ -24,7 +27,7 @@ class Trial:
 
     Args:
         losses: summed over the batch's examples, float64 ``[K]``.
-        updates: tensors of the current circuit; the tokens (None: all) at which variants differ, and what they put
+        updates: tensors of the current circuit; the rows (None: all) at which variants differ, and what they put
             there, ``[K, ...]``.
         changes: tensors of the current circuit, and what variants add to them, ``[K, ...]``.
     """
@@ -49,7 +52,7 @@ class _Rows:
     """Writers whose rows differ from the current circuit's, and by how much: the first rows of ``buffer``.
 
     Args:
-        buffer: ``[W, K, T, d]``, or ``[W, K, N, d]``.
+        buffer: ``[W, K, S, d]``, or ``[W, K, N, d]``.
     """
 
     buffer: Tensor
@@ -62,27 +65,42 @@ class _Rows:
         return self.buffer[first : len(self.writers)]
 
     def read(self, mask: np.ndarray) -> Tensor:
-        """The sums of rows that ``mask`` ``[R, n]`` asks for, ``[R, K, T or N, d]``."""
+        """The sums of rows that ``mask`` ``[R, n]`` asks for, ``[R, K, S or N, d]``."""
         rows = self.buffer[: len(self.writers)]
         weights = torch.from_numpy(mask).to(rows.device, rows.dtype if rows.dtype.itemsize > 2 else torch.float32)
         return masked_read(rows.flatten(1, 2), weights).unflatten(1, rows.shape[1:3])
 
 
 class _Changes:
-    """Rows of writers that are needed everywhere, and of all at the answers."""
+    """Rows of writers that are needed everywhere, and of all at the answers, which are ``places`` of those."""
 
-    def __init__(self, everywhere: Tensor, at_answers: Tensor, answers: Tensor) -> None:
-        self.everywhere, self.at_answers, self.answers = _Rows(everywhere), _Rows(at_answers), answers
+    def __init__(self, everywhere: Tensor, at_answers: Tensor, places: Tensor) -> None:
+        self.everywhere, self.at_answers, self.places = _Rows(everywhere), _Rows(at_answers), places
 
     def narrow(self, writers: np.ndarray, rows: Tensor) -> Tensor:
         """Add rows that were filled in to those at the answers."""
-        return torch.index_select(rows, 2, self.answers, out=self.at_answers.add(writers))
+        return torch.index_select(rows, 2, self.places, out=self.at_answers.add(writers))
+
+
+@torch.no_grad()
+def changing_tokens(point: CleanPoint) -> Tensor:
+    """The packed tokens at which anything can differ from the clean run, and the answers, in order, ``[S]``.
+
+    Under interchange ablation of a causal model: those from the first on whose embeddings are not the corrupted ones.
+    """
+    packing, answers = point.batch.packing, point.clean.answers
+    if not (point.reference.interchange and point.clean.anatomy.causal):
+        return torch.arange(packing.num_tokens, device=answers.device)
+    differs = (point.embeds != point.batch.ablated.embeds).any(2).any(0)
+    changing = torch.cat([row.cummax(0).values for row in differs.long().split(packing.lengths.tolist())]).bool()
+    changing[answers] = True
+    return changing.nonzero().squeeze(1)
 
 
 class IncrementalRun:
     """The current circuit on one batch: the inputs of readers and the outputs of components, as far as decided.
 
-    What is needed at the answers alone has N tokens, not T.
+    What is needed everywhere has the S of T tokens that can change, what is needed at the answers alone has N.
 
     Args:
         point: the clean run; its differences become the current circuit's.
@@ -90,13 +108,23 @@ class IncrementalRun:
     """
 
     def __init__(self, point: CleanPoint, keep: np.ndarray) -> None:
-        self.point, self.clean, self.keep = point, point.clean, keep
-        self.graph, self.differences = point.clean.graph, point.differences
+        self.clean, self.keep, self.graph = point.clean, keep, point.clean.graph
+        self.tokens = changing_tokens(point)
+        self._places = torch.searchsorted(self.tokens, self.clean.answers)
+        if self.num_tokens < self.clean.packing.num_tokens:
+            below, top = point.differences.below, point.differences.top
+            point = replace(point, differences=Differences(below.index_select(1, self.tokens), top))
+        self.point, self.differences = point, point.differences
         self._reads: dict[tuple[int, int], Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
         self._projected: dict[int, tuple[Tensor, ...]] = {}
         self._runs: dict[int, PlainRun] = {}
         self._memory = [self.differences.below.new_empty(0) for _ in range(2)]
+
+    @property
+    def num_tokens(self) -> int:
+        """S: the tokens that can change."""
+        return len(self.tokens)
 
     @torch.no_grad()
     def enter(self, number: int) -> None:
@@ -140,7 +168,7 @@ class IncrementalRun:
         return bool(self._live_readers[self.graph.sites[number].first_reader + row])
 
     def _behind(self, number: int, row: int, removed: Tensor) -> Trial:
-        """Variants in which reader ``row`` of site ``number`` sees less, by ``[K, T, d]`` or ``[K, N, d]``."""
+        """Variants in which reader ``row`` of site ``number`` sees less, by ``[K, S, d]`` or ``[K, N, d]``."""
         reads = {row: self._read(number, row) - removed}
         trial, changes = Trial(), self._no_changes(len(removed))
         for site in range(number, self.clean.num_sites + 1):
@@ -157,23 +185,29 @@ class IncrementalRun:
         return trial
 
     def _everywhere(self, number: int, row: int) -> bool:
-        """Whether a reader is needed at every token."""
+        """Whether a reader is needed at every token that can change."""
         return bool(self._readers_everywhere[self.graph.sites[number].first_reader + row])
 
     def _removable(self, number: int, row: int) -> Tensor:
-        """The differences a reader sees: ``[w, T, d]`` or ``[w, N, d]``."""
+        """The differences a reader sees: ``[w, S, d]`` or ``[w, N, d]``."""
         rows = self.differences.below if self._everywhere(number, row) else self.differences.top
         return rows[: self.graph.sites[number].num_writers]
 
     def _read(self, number: int, row: int) -> Tensor:
-        """What a reader sees in the current circuit: ``[T, d]`` or ``[N, d]``."""
+        """What a reader sees in the current circuit: ``[S, d]`` or ``[N, d]``."""
         if (number, row) in self._reads:
             return self._reads[number, row]
         return self._clean_read(number, self._everywhere(number, row))
 
     def _clean_read(self, number: int, everywhere: bool) -> Tensor:
         stream = self.clean.streams[number]
-        return stream if everywhere or number > self.clean.num_sites - 2 else stream[self.clean.answers]
+        return stream if number > self.clean.num_sites - 2 else self._narrowed(stream, everywhere)
+
+    def _narrowed(self, values: Tensor, everywhere: bool, axis: int = 0) -> Tensor:
+        """Of all tokens, along an axis, those that can change, or the answers."""
+        if everywhere and self.num_tokens == values.shape[axis]:
+            return values
+        return values.index_select(axis, self.tokens if everywhere else self.clean.answers)
 
     def _update_read(self, number: int, row: int, variants: Tensor, trial: Trial) -> None:
         if (number, row) not in self._reads:
@@ -183,11 +217,12 @@ class IncrementalRun:
     def _store_output(self, writer: int, out: Tensor) -> None:
         """Keep what a live component made of the clean run."""
         if self._live_writers[writer]:
-            narrow = not self._writers_everywhere[writer] and out.shape[0] != len(self.clean.answers)
-            self._outputs[writer] = out[self.clean.answers] if narrow else out.clone()
+            if writer < self.graph.head_writer(self.graph.num_layers - 1):
+                out = self._narrowed(out, bool(self._writers_everywhere[writer]))
+            self._outputs[writer] = out.clone()
 
     def _changed_reads(self, number: int, changes: _Changes) -> dict[int, Tensor]:
-        """What the live readers of a site see that read something changed, ``[K, T, d]`` or ``[K, N, d]`` by row."""
+        """What the live readers of a site see that read something changed, ``[K, S, d]`` or ``[K, N, d]`` by row."""
         site = self.graph.sites[number]
         rows = slice(site.first_reader, site.first_reader + site.num_readers)
         kept, everywhere = site.view(self.keep), self._readers_everywhere[rows]
@@ -227,18 +262,19 @@ class IncrementalRun:
         run, width = self._run(copies), attention.out_weight.shape[1]
         projected = self._project(site, reads, heads, trial)
         every = torch.arange(len(heads), device=run.answers.device)
-        out = attend(attention, projected, run.rotary, run.packing, run.anatomy.causal, every)
+        out = attend(attention, projected, run.rotary, run.packing, run.anatomy.causal, every).unflatten(
+            0, (copies, -1)
+        )
         wide = self._writers_everywhere[heads + self.graph.head_writer(layer)]
         for everywhere in (True, False):
             places = np.flatnonzero(wide == everywhere)
             if not len(places):
                 continue
-            some = out if everywhere else out.index_select(0, run.answers)
-            some = some.unflatten(0, (copies, -1)).unflatten(2, (len(heads), width))[:, :, places]  # [K, T, n, d_head]
+            some = self._narrowed(out, everywhere, axis=1).unflatten(2, (len(heads), width))[:, :, places]
             self._change_heads(layer, heads[places], some.permute(2, 0, 1, 3), trial, changes)
 
     def _change_heads(self, layer: int, heads: np.ndarray, out: Tensor, trial: Trial, changes: _Changes) -> None:
-        """Note what heads put out, ``[n, K, T, d_head]``."""
+        """Note what heads put out, ``[n, K, S or N, d_head]``."""
         writers = heads + self.graph.head_writer(layer)
         current = [self._outputs[writer] for writer in writers.tolist()]
         trial.updates += [(tensor, None, variants) for tensor, variants in zip(current, out, strict=True)]
@@ -253,7 +289,7 @@ class IncrementalRun:
         return (changes.everywhere if self._writers_everywhere[writers[0]] else changes.at_answers).add(writers)
 
     def _note(self, writers: np.ndarray, rows: Tensor, trial: Trial, changes: _Changes) -> None:
-        """Pass on changed rows, ``[n, K, T, d]`` or ``[n, K, N, d]``, that are filled in."""
+        """Pass on changed rows, ``[n, K, S, d]`` or ``[n, K, N, d]``, that are filled in."""
         below, top, numbers = self.differences.below, self.differences.top, writers.tolist()
         if self._writers_everywhere[writers[0]]:
             trial.changes += zip((below[writer] for writer in numbers), rows, strict=True)
@@ -262,14 +298,14 @@ class IncrementalRun:
 
     def _no_changes(self, copies: int) -> _Changes:
         """An empty list of changes of so many variants, in memory that every trial uses again."""
-        answers, tensors = self.clean.answers, (self.differences.below, self.differences.top)
+        tensors = self.differences.below, self.differences.top
         buffers = []
         for number, tensor in enumerate(tensors):
             wanted = copies * tensor.numel()
             if len(self._memory[number]) < wanted:
                 self._memory[number] = tensor.new_empty(wanted)
             buffers.append(self._memory[number][:wanted].view(len(tensor), copies, *tensor.shape[1:]))
-        return _Changes(buffers[0], buffers[1], answers)
+        return _Changes(buffers[0], buffers[1], self._places)
 
     def _fed_heads(self, layer: int, reads: dict[int, Tensor]) -> np.ndarray:
         """Live heads of a layer that some changed reader feeds."""
@@ -294,13 +330,10 @@ class IncrementalRun:
             part, index = which_projection(row, graph.num_heads, graph.num_kv_heads)
             projection = attention.projections[part].one(index)
             values = projection(attention.norm(read.flatten(0, 1))[None])[0].unflatten(0, (copies, -1))
-            tokens = None if self._everywhere(site, row) else answers
+            tokens = self.tokens if self._everywhere(site, row) else answers
             trial.updates.append((self._projected[site][part][index], tokens, values))
             for place in np.flatnonzero(places[part] == index).tolist():
-                if tokens is None:
-                    found[part][place] = values
-                else:
-                    found[part][place].index_copy_(1, tokens, values)
+                found[part][place].index_copy_(1, tokens, values)
         return found[0].flatten(1, 2), found[1].flatten(1, 2), found[2].flatten(1, 2)
 
     def _run(self, copies: int) -> PlainRun:

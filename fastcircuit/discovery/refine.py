@@ -10,6 +10,9 @@ that pay only together have a chance; the result is kept if it is better.
 *Swapping* uses the gradient of the KL at the hard circuit, which estimates to first order what adding an edge gains and
 removing one costs: each round swaps the few kept edges that seem to cost least for the missing ones that seem to gain
 most, and keeps the swap only if the measured KL fell. The number of edges never changes.
+
+*Joining* brings in two edges at once, a way through a component that the circuit does not use (see ``joint.py``), and
+eliminates two.
 """
 
 from collections.abc import Callable
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 
 from fastcircuit.circuit import Circuit
+from fastcircuit.discovery.joint import joint_pairs, with_pair
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import RunError
 from fastcircuit.evaluation.faithfulness import mean_kl
@@ -29,6 +33,8 @@ MOST_EXAMPLES = 256
 MOST_SWAPS = 8
 MOST_MEASURED = 4
 LEAST_TO_REGROW = 4
+MOST_JOINS = 4
+MOST_PAIRS = 4
 BATCH_SIZE = 256
 
 OnRound = Callable[[str, int, int, float], None]
@@ -38,8 +44,8 @@ class Refiner:
     """Measures circuits on the first ``most_examples`` of ``reference``.
 
     Args:
-        on_round: called with the stage (``eliminate``, ``regrow``, ``swap``), its rounds done, the most there are, and
-            the KL so far.
+        on_round: called with the stage (``eliminate``, ``regrow``, ``swap``, ``join``), its rounds done, the most there
+            are, and the KL so far.
         on_note: called with a line when memory runs out and smaller batches are used from then on.
     """
 
@@ -174,6 +180,34 @@ class Refiner:
                 tried |= candidate.keep != circuit.keep
             self._report("swap", number + 1, rounds, kl)
         return circuit
+
+    def finish(self, circuit: Circuit, rounds: int) -> Circuit:
+        """Up to ``rounds`` rounds of swaps, joint moves, and after those as many swaps again; the KL does not rise."""
+        swapped = self.swap(circuit, rounds)
+        joined = self.join(swapped, min(rounds, MOST_JOINS))
+        return self.swap(joined, rounds) if joined != swapped else swapped
+
+    def join(self, circuit: Circuit, rounds: int) -> Circuit:
+        """Up to ``rounds`` times, add two edges that help only together and eliminate two; the KL does not rise."""
+        kl = self.kl(circuit)
+        for number in range(rounds):
+            found = self._joined(circuit, kl, number, rounds)
+            if found is None:
+                break
+            kl, circuit = found
+        return circuit
+
+    def _joined(self, circuit: Circuit, kl: float, number: int, rounds: int) -> tuple[float, Circuit] | None:
+        """The first circuit with a lower KL than ``kl`` that adding a pair and eliminating two edges ends in."""
+        for pair in joint_pairs(circuit, self._gradient, MOST_PAIRS):
+            larger = with_pair(circuit, pair)
+            if self.kl(larger) >= kl:
+                continue
+            smaller = self._eliminate(larger, circuit.num_edges, "join", 2 * number, 2 * rounds)
+            new_kl = np.inf if smaller is None else self.kl(smaller)
+            if smaller is not None and new_kl < kl:
+                return new_kl, smaller
+        return None
 
     def _gradient(self, circuit: Circuit, kept_only: bool = False) -> np.ndarray:
         """Gradient of the circuit's mean KL in every edge's mask, ``[num_edges]``; ``kept_only`` leaves 0 elsewhere."""

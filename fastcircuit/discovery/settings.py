@@ -41,7 +41,7 @@ class Settings:
         refine_surplus: elimination starts from this many edges more than asked for (for circuits up to 256 edges; its
             cost grows with their number).
         refine_cycles: how often that many edges are grown again and eliminated.
-        refine_swaps: rounds of swaps after it.
+        refine_swaps: rounds of swaps after it, and again after joint moves, if any lowered the KL; 0: neither.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         upstream_compat: reproduce the published code's numerics, quirks included.
         seed: of everything random.

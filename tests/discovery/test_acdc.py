@@ -9,11 +9,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.acdc import acdc
+from fastcircuit.discovery.incremental import changing_tokens
+from fastcircuit.discovery.points import clean_points
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.tasks.task import Examples, Pair, Task
 from tests.discovery.test_edge_pruning import make_task
 from tests.models.tiny import tiny_model
 
@@ -32,6 +35,23 @@ def one_edge_at_a_time(reference, threshold):
         else:
             mask[edge] = 1
     return mask.bool().numpy(), rises
+
+
+def task_with_common_starts(num=4, vocabulary=41, seed=0):
+    """Prompts that are their corrupted ones up to some token, or from there on; answers on both sides of it."""
+    rng = np.random.default_rng(seed)
+
+    def row():
+        length = int(rng.integers(4, 8))
+        clean, corrupted = (rng.integers(vocabulary, size=length) for _ in range(2))
+        start = int(rng.integers(1, length))
+        corrupted[:start] = clean[:start]
+        if rng.integers(2):
+            corrupted[start + 1 :] = clean[start + 1 :]
+        ids = (tuple(int(token) for token in each) for each in (clean, corrupted))
+        return Pair(*ids, (0, length - 1), (1, 2), (3, -100))
+
+    return Task("tiny", {"train": Examples.from_pairs([row() for _ in range(num)])}, None, "random pairs")
 
 
 def random_model(kind, layers, heads, kv_heads, seed):
@@ -75,10 +95,21 @@ def check(reference, share):
     ablation=st.sampled_from(["interchange", "mean", "zero"]),
     share=st.sampled_from([1e-3, 1e-2, 0.03, 0.2]),
     seed=st.integers(0, 99),
+    make=st.sampled_from([make_task, task_with_common_starts]),
 )
-def test_decisions_on_random_models(kind, layers, heads, ablation, share, seed):
+def test_decisions_on_random_models(kind, layers, heads, ablation, share, seed, make):
     model = random_model(kind, layers, *heads, seed)
-    check(Reference(model, make_task(4, seed=seed).split("train"), ablation), share)
+    check(Reference(model, make(4, seed=seed).split("train"), ablation), share)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim", "mistral-window"])
+def test_decisions_where_prompts_begin_alike(name):
+    model = MaskedCausalLM(tiny_model(name))
+    reference = Reference(model, task_with_common_starts(5).split("train"))
+    (point,) = clean_points(reference, "kl", 2**28)
+    assert len(changing_tokens(point)) < point.batch.packing.num_tokens
+    found = check(reference, 0.01)
+    assert 0 < found.keep.sum() < len(found.keep)
 
 
 @pytest.mark.parametrize(("name", "share"), [("llama-biases-head-dim", 0.01), ("gpt2", 0.01)])

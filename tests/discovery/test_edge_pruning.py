@@ -9,6 +9,7 @@ import torch
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.joint import joint_pairs, with_pair
 from fastcircuit.discovery.parameters import warm_density
 from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
@@ -17,7 +18,9 @@ from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
 from fastcircuit.masks import Masks, probability_of_zero
+from fastcircuit.models.loading import load_model, load_tokenizer
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.tasks import load_task
 from fastcircuit.tasks.task import Examples, Pair, Task
 from tests.models.tiny import tiny_model
 
@@ -244,6 +247,60 @@ def test_regrowing_never_raises_the_training_kl(model, ablation):
     assert regrown.num_edges == 20
     assert refiner.kl(regrown) < refiner.kl(circuit)
     assert refiner.regrow(circuit, 8, 0) is circuit
+
+
+# What single moves end in on the shipped induction model, and the edges that they cannot come to one at a time.
+STUCK = (
+    "tok_embeds-a0.h0.k tok_embeds-a0.h0.v a0.h0-a1.h0.k a0.h0-a1.h0.v "
+    "tok_embeds-a1.h0.q tok_embeds-a1.h0.v a0.h0-resid_post a1.h0-resid_post"
+)
+PAIR = {("a1.h0", "m1"), ("m1", "resid_post")}
+
+
+def test_two_edges_that_help_only_together_come_in_together():
+    model = load_model("induction-gpt2")
+    task = load_task("induction", load_tokenizer("induction-gpt2"), sizes={"train": 16, "test": 1})
+    refiner = Refiner(Reference(model, task.split("train")))
+    stuck = Circuit.from_edges(model.graph, [tuple(edge.split("-")) for edge in STUCK.split()])
+    gradient = refiner._gradient(stuck)
+    np.testing.assert_allclose(gradient[[model.graph.edge_id(*edge) for edge in PAIR]], 0, atol=1e-5)
+    before = refiner.kl(refiner.swap(stuck, 20))
+    found = refiner.finish(stuck, 20)
+    assert found.num_edges == stuck.num_edges
+    assert set(found.edges) > PAIR
+    assert refiner.kl(found) < 0.5 * before
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "mean", "zero"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pairs_lead_through_components_that_the_circuit_does_not_use(name, ablation):
+    model = MaskedCausalLM(tiny_model(name, torch.float32))
+    refiner = Refiner(Reference(model, make_task().split("train"), ablation))
+    circuit = top_circuit(model.graph, np.random.default_rng(2).normal(size=model.graph.num_edges), 12, ablation)
+    pairs = joint_pairs(circuit, refiner._gradient, 3)
+    assert pairs
+    graph, kl = model.graph, refiner.kl(circuit)
+    live, _ = graph.live(circuit.keep)
+    through = [graph.edge_writers[out] for _, out in pairs]
+    assert len(set(through)) == len(pairs) <= 3
+    for (into, out), component in zip(pairs, through, strict=True):
+        assert not live[component]
+        assert (graph.edge_readers[into], component) in set(zip(*graph.feeds, strict=True))
+        assert not circuit.keep[[into, out]].any()
+        keep = circuit.keep.copy()
+        keep[into] = True
+        assert refiner.kl(Circuit(graph, keep, ablation=ablation)) == pytest.approx(kl, abs=1e-6)
+        assert with_pair(circuit, (into, out)).pruned().num_edges == circuit.num_edges + 2
+    joined = refiner.join(circuit, 3)
+    assert joined.num_edges == circuit.num_edges
+    assert refiner.kl(joined) <= kl
+
+
+def test_a_circuit_that_uses_everything_has_no_pairs(model):
+    refiner = Refiner(Reference(model, make_task().split("train")))
+    full = Circuit.full(model.graph)
+    assert joint_pairs(full, refiner._gradient, 3) == []
+    assert refiner.join(full, 3) is full
 
 
 BAD_CALLS = {
