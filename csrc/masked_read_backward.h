@@ -3,6 +3,7 @@
 #pragma once
 
 #include "masked_read_forward.h"
+#include "prefetch.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
