@@ -9,7 +9,7 @@ import torch
 from fastcircuit import tasks, zoo
 from fastcircuit.models.masked import ARCHITECTURES
 from fastcircuit.ops.backends import available_backends
-from fastcircuit.ops.cpu import instruction_sets
+from fastcircuit.ops.extension import instruction_sets
 
 _PACKAGES = ("fastcircuit", "torch", "transformers", "triton", "safetensors", "numpy")
 

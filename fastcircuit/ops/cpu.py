@@ -1,82 +1,21 @@
 """Launches the C++ kernels: checks that tensors lie as they want, and passes addresses, shapes and strides."""
 
 import itertools
-import os
 from collections.abc import Callable
-from importlib import resources
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastcircuit.errors import InputError
-from fastcircuit.ops import reference
+from fastcircuit.ops import extension, reference
+from fastcircuit.ops.extension import missing_reason as missing_reason
 from fastcircuit.ops.layout import layout_reasons
 from fastcircuit.ops.recycling import POOL
 
-# Torch comes first on purpose: its OpenMP runtime then serves the extension too, and there is one pool of threads.
-try:
-    from fastcircuit import _C  # type: ignore[attr-defined]
-
-    _import_error: ImportError | None = None
-except ImportError as error:
-    _C: ModuleType | None = None  # type: ignore[no-redef]
-    _import_error = error
-
-ISAS = ("portable", "avx2", "avx512", "amx")
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 # A head's weights are read once for every few tokens: they must stay in the second-level cache.
 _HEAD_BYTES = 2**20
-
-
-def build_note() -> str:
-    """What the build found missing (no compiler, no OpenMP), or an empty string."""
-    note = resources.files("fastcircuit").joinpath("build_note.txt")
-    return note.read_text().strip() if note.is_file() else ""
-
-
-def missing_reason() -> str | None:
-    """Why the extension cannot be used on this machine, or None."""
-    if _C is not None:
-        return None
-    why = build_note() or f"it was not built or does not load ({_import_error})"
-    return f"the C++ extension fastcircuit._C is missing: {why}. Install a C++17 compiler and reinstall fastcircuit"
-
-
-def runnable_isas() -> list[str]:
-    """The instruction sets the extension can use on this machine, slowest first."""
-    return _C.runnable_isas() if _C is not None else []
-
-
-def instruction_sets() -> dict[str, str | None]:
-    """Why the extension cannot use an instruction set here, or None; the last one it can use is what it uses.
-
-    ``amx`` is bfloat16 ``masked_read`` on matrix tiles; everything else then runs on ``avx512``.
-    """
-    why = missing_reason() or "the compiler that built the extension, the processor or the operating system lacks it"
-    runnable = runnable_isas()
-    return {name: None if name in runnable else why for name in ISAS}
-
-
-def _choose_isa() -> int:
-    runnable = runnable_isas()
-    name = os.environ.get("FASTCIRCUIT_ISA") or (runnable[-1] if runnable else "portable")
-    if runnable and name not in runnable:
-        raise InputError(f"FASTCIRCUIT_ISA: got {name!r}; this machine can run {', '.join(runnable)}")
-    return ISAS.index(name)
-
-
-_isa = _choose_isa()
-
-
-def force_isa(name: str | None) -> None:
-    """Use this instruction set from now on (None: the best one, or $FASTCIRCUIT_ISA). For tests and benchmarks."""
-    global _isa
-    if name is not None and name not in runnable_isas():
-        raise InputError(f"isa: got {name!r}; this machine can run {', '.join(runnable_isas())}")
-    _isa = _choose_isa() if name is None else ISAS.index(name)
 
 
 def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
@@ -128,8 +67,8 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: None = 
     reads = POOL.empty((readers, tokens, width), stream)
     if base is not None and not base.is_contiguous():
         base = base.contiguous()
-    _C.masked_read(  # type: ignore[union-attr]
-        _isa,
+    extension.kernels.masked_read(
+        extension.isa(),
         torch.get_num_threads(),
         _CODES[stream.dtype],
         _CODES[mask.dtype],
@@ -179,8 +118,8 @@ def _backward(
     if not grad_reads.is_contiguous():
         grad_reads = grad_reads.contiguous()
     grad_mask = mask.new_empty(mask.shape) if needs_mask_grad else None
-    _C.masked_read_backward(  # type: ignore[union-attr]
-        _isa,
+    extension.kernels.masked_read_backward(
+        extension.isa(),
         torch.get_num_threads(),
         _CODES[stream.dtype],
         _CODES[mask.dtype],
@@ -217,8 +156,8 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: 
     bias = None if bias is None else bias.contiguous()
     y = POOL.empty(x.shape, x)
     width = x.shape[-1]
-    _C.norm(  # type: ignore[union-attr]
-        _isa,
+    extension.kernels.norm(
+        extension.isa(),
         torch.get_num_threads(),
         _CODES[x.dtype],
         centered,
@@ -259,8 +198,8 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered
     x, x_strides = _rows(x)
     weight = weight.contiguous()
     width = x.shape[-1]
-    _C.norm_backward(  # type: ignore[union-attr]
-        _isa,
+    extension.kernels.norm_backward(
+        extension.isa(),
         torch.get_num_threads(),
         _CODES[x.dtype],
         centered,
@@ -290,7 +229,7 @@ def norm_projection(
     norm_bias = None if norm_bias is None else norm_bias.contiguous()
     if bias is not None and bias.stride(2) != 1:
         bias = bias.contiguous()
-    _C.norm_projection(  # type: ignore[union-attr]
+    extension.kernels.norm_projection(
         *_projection(x, norm_weight.contiguous(), eps, weight, centered),
         0 if norm_bias is None else norm_bias.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -306,14 +245,14 @@ def norm_projection_grad_(
     """Overwrite ``grad_x`` with the gradient of ``x``."""
     grad = grad.contiguous()
     call = _projection(x, norm_weight.contiguous(), eps, weight, centered)
-    _C.norm_projection_backward(*call, grad.data_ptr(), grad_x.data_ptr())  # type: ignore[union-attr]
+    extension.kernels.norm_projection_backward(*call, grad.data_ptr(), grad_x.data_ptr())
 
 
 def _projection(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, centered: bool) -> tuple[Any, ...]:
     """What forward and backward pass to the kernel."""
     heads, tokens, width = x.shape
     return (
-        _isa,
+        extension.isa(),
         torch.get_num_threads(),
         _CODES[x.dtype],
         centered,
@@ -370,7 +309,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx.call = _attention_call(query, key, starts, kv_of_head, rotary, scale, causal, window)
         heads, tokens, width = query.shape
         out = query.new_empty(tokens, heads * width)
-        _C.packed_attention(*ctx.call(query, key, value), out.data_ptr())  # type: ignore[union-attr]
+        extension.kernels.packed_attention(*ctx.call(query, key, value), out.data_ptr())
         return out
 
     @staticmethod
@@ -380,9 +319,7 @@ class _PackedAttention(torch.autograd.Function):
         grad_out = grad_out.contiguous()
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         addresses = tuple(grad.data_ptr() for grad in grads)
-        _C.packed_attention_backward(  # type: ignore[union-attr]
-            *ctx.call(query, key, value), grad_out.data_ptr(), addresses
-        )
+        extension.kernels.packed_attention_backward(*ctx.call(query, key, value), grad_out.data_ptr(), addresses)
         return (*grads, None, None, None, None, None, None)
 
 
@@ -405,7 +342,7 @@ def _attention_call(
     def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         heads, tokens, width = query.shape
         return (
-            _isa,
+            extension.isa(),
             torch.get_num_threads(),
             _CODES[query.dtype],
             (heads, key.shape[0], tokens, width),

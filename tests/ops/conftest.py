@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from fastcircuit.ops import available_backends
-from fastcircuit.ops import cpu as cpu_launcher
+from fastcircuit.ops import available_backends, extension
 
 
 def usable_backends() -> list[str]:
@@ -17,7 +16,7 @@ def usable_backends() -> list[str]:
 
 def _variants() -> list[tuple[str, str | None]]:
     return [(name, None) for name in usable_backends() if name != "cpu"] + [
-        ("cpu", isa) for isa in cpu_launcher.runnable_isas()
+        ("cpu", isa) for isa in extension.runnable_isas()
     ]
 
 
@@ -27,9 +26,9 @@ def backend(request):
     if name != "cpu":
         yield name
         return
-    cpu_launcher.force_isa(isa)
+    extension.force_isa(isa)
     yield name
-    cpu_launcher.force_isa(None)
+    extension.force_isa(None)
 
 
 @pytest.fixture(autouse=True)

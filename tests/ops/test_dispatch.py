@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fastcircuit.errors import InputError
-from fastcircuit.ops import available_backends, masked_read, masked_read_backward_, unsupported_reasons
-from fastcircuit.ops import cpu as cpu_launcher
+from fastcircuit.ops import available_backends, extension, masked_read, masked_read_backward_, unsupported_reasons
 from tests.ops.conftest import usable_backends
 
 OPS = torch.ops.fastcircuit
@@ -134,7 +133,7 @@ def test_reasons_are_given_for_every_backend():
 @pytest.mark.skipif("cpu" not in USABLE, reason="the C++ extension is not built")
 def test_an_instruction_set_can_be_forced_by_name_only():
     with pytest.raises(InputError, match="this machine can run portable"):
-        cpu_launcher.force_isa("avx9000")
+        extension.force_isa("avx9000")
     with pytest.raises(InputError, match="float16"):
         masked_read(torch.ones(2, 3, 4, dtype=torch.float16), torch.ones(1, 2), backend="cpu")
 

@@ -70,7 +70,7 @@ def test_without_a_bias_and_for_large_gradients(backend):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_number_of_threads_gives_the_same_bits(threads):
-    if cpu_launcher.missing_reason():
+    if cpu_launcher.missing_reason() is not None:
         pytest.skip("there are no C++ kernels")
     x, norm_weight, norm_bias, weight, bias, grad = _operands((2, 400, 16, 8), torch.float32, False)
     results = []
