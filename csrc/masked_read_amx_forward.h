@@ -8,9 +8,8 @@ namespace fastcircuit {
 namespace FC_ISA {
 
 constexpr int64_t kMostPanelColumns = 1024, kReadPanelBytes = 512 * 1024;
-// Reads larger than this do not stay in cache anyway, so they are written around it.
-constexpr int64_t kAroundBytes = 4 << 20;
-// Memory takes them in runs of this many columns; a cache line of each row at a time would be several times as slow.
+// Reads written around the cache go in runs of this many columns, which memory takes faster than a cache line of each
+// row at a time.
 constexpr int64_t kRunColumns = 256;
 
 // sums[2 block + half] += left[block] right[half], for N blocks of readers.
@@ -188,21 +187,16 @@ class Read {
     }
   }
 
-  bool writes_around_cache() const {
-    const int64_t row_bytes = p_.reads_stride * int64_t(sizeof(Bf16));
-    return p_.readers * row_bytes >= kAroundBytes && row_bytes % 64 == 0 && p_.columns % kInner == 0 &&
-           reinterpret_cast<uintptr_t>(p_.reads) % 64 == 0;
-  }
-
   const ReadParams& p_;
   const EqualBlocks blocks_;  // of readers
   const int64_t inner_, parts_;
   const int64_t lines_per_product_;  // fetched ahead
-  int64_t panel_ = 2 * kInner;  // columns
+  int64_t panel_ = 2 * kInner;       // columns
   char *left_, *right_, *sums_;
-  Bf16* runs_;        // reads on their way around the cache, [readers, kRunColumns]
-  int64_t run_ = 0;   // columns there
-  const bool around_ = writes_around_cache();
+  Bf16* runs_;       // reads on their way around the cache, [readers, kRunColumns]
+  int64_t run_ = 0;  // columns there
+  const bool around_ = p_.columns % kInner == 0 &&
+                       goes_around_cache(p_.reads, p_.readers, p_.reads_stride * int64_t(sizeof(Bf16)));
 };
 
 }  // namespace FC_ISA

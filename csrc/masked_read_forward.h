@@ -10,8 +10,6 @@ namespace FC_ISA {
 
 constexpr int64_t kMaxPanelTiles = 16, kPanelBytes = 512 * 1024;
 constexpr int64_t kPanelsPerRange = 4;  // at least: nothing hides the copy of the first one
-// Reads larger than this do not stay in cache anyway, so they are written around it.
-constexpr int64_t kStreamingBytes = 4 << 20;
 
 // acc[Rows, kTile] += z[steps, Rows]^T packed[steps, kTile], going on to what follows both.
 template <int Rows, class A>
@@ -102,13 +100,6 @@ int64_t read_scratch(const ReadParams& p) {
   return kTile<A> * (2 * most_panel_tiles<S>(p) * p.writers * sizeof(A) + (1 + p.readers) * sizeof(S));
 }
 
-template <class S>
-bool writes_around_cache(const ReadParams& p) {
-  const int64_t row_bytes = p.reads_stride * int64_t(sizeof(S));
-  return p.readers * row_bytes >= kStreamingBytes && row_bytes % kBytes == 0 &&
-         reinterpret_cast<uintptr_t>(p.reads) % kBytes == 0;
-}
-
 template <class S, class A = typename Traits<S>::Accumulate>
 void read_range(const ReadParams& p, const void* panels, void* scratch, int64_t begin, int64_t end) {
   const A* z = static_cast<const A*>(panels);
@@ -125,7 +116,8 @@ void read_range(const ReadParams& p, const void* panels, void* scratch, int64_t 
     return whole > 0 ? PanelCopy<S>(stream + first, p.stream_stride, p.writers, whole < tiles ? whole : tiles, to)
                      : PanelCopy<S>();
   };
-  const auto tile = writes_around_cache<S>(p) ? read_tile_all<S, true> : read_tile_all<S, false>;
+  const bool around = goes_around_cache(reads, p.readers, p.reads_stride * int64_t(sizeof(S)));
+  const auto tile = around ? read_tile_all<S, true> : read_tile_all<S, false>;
   copy_from(begin, packed).finish();
   while (begin + kTile<A> <= end) {
     const int64_t next = begin + tiles * kTile<A>;

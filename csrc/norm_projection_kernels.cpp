@@ -43,16 +43,6 @@ void forward(const NormProjectionParams& p, int64_t head, int64_t begin, int64_t
   }
 }
 
-// A gradient larger than this does not stay in cache anyway, so it is written around it.
-constexpr int64_t kAroundBytes = 4 << 20;
-
-template <class A>
-bool writes_around_cache(const NormProjectionParams& p) {
-  const int64_t row_bytes = p.width * int64_t(sizeof(A));
-  return p.heads * p.tokens * row_bytes >= kAroundBytes && row_bytes % kBytes == 0 &&
-         reinterpret_cast<uintptr_t>(p.grad_x) % kBytes == 0;
-}
-
 template <class A>
 FC_INLINE void copy_around_cache(const A* from, int64_t width, A* to) {
   for (int64_t c = 0; c < width; c += Simd<A>::kLanes)
@@ -70,7 +60,7 @@ void backward(const NormProjectionParams& p, int64_t head, int64_t begin, int64_
   const Panels<A> panels{p.head_width, p.width};
   A *packed = static_cast<A*>(scratch), *of_normed = packed + panels.size(), *edge = of_normed + kRows * p.width;
   panels.pack(weight_of<A>(p, head), p.weight_out_stride, p.weight_in_stride, packed);
-  const bool around = writes_around_cache<A>(p);
+  const bool around = goes_around_cache(p.grad_x, p.heads * p.tokens, p.width * int64_t(sizeof(A)));
   const A* weight = static_cast<const A*>(p.norm_weight);
   const A* grad = static_cast<const A*>(p.grad) + (head * p.tokens + begin) * p.head_width;
   A* grad_x = static_cast<A*>(p.grad_x) + (head * p.tokens + begin) * p.width;

@@ -1,7 +1,7 @@
 // Rows of the stream copied tile by tile, ahead of the products that use them.
 #pragma once
 
-#include "simd.h"
+#include "prefetch.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
@@ -12,7 +12,7 @@ namespace FC_ISA {
 template <class S>
 struct PanelWalk {
   static constexpr int64_t kColumns = kTile<typename Traits<S>::Accumulate>;
-  static constexpr int64_t kTogether = 8;
+  static constexpr int64_t kTogether = Prefetch::kTogether;
 
   const S* at;
   int64_t stride, rows, tiles;

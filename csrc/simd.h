@@ -59,6 +59,12 @@ FC_INLINE void around_cache(T* p, V v) {
 #endif
 }
 
+// Whether `rows` rows, `row_bytes` apart, are to be written that way: more than this does not stay in cache anyway.
+inline bool goes_around_cache(const void* first, int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kLeast = 4 << 20;
+  return rows * row_bytes >= kLeast && row_bytes % kBytes == 0 && reinterpret_cast<uintptr_t>(first) % kBytes == 0;
+}
+
 FC_INLINE void finish_stores_around_cache() {
 #ifdef FC_X86_VARIANTS
   _mm_sfence();
