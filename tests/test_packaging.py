@@ -46,6 +46,16 @@ def _install(python, *what, **env):
     _run(*pip, *what, cwd=python.parent, **env)
 
 
+def _hasty_compiler(folder):
+    """One that optimises nothing: for a build that is not measured."""
+    compiler = folder / "hasty-c++"
+    compiler.write_text(
+        f'#!/bin/sh\nexec {shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")} "$@" -O0\n'
+    )
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the checkout as a clone would have it: nothing built."""
@@ -61,7 +71,7 @@ def archives(source, tmp_path_factory):
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as tar:
         tar.extractall(unpacked, filter="data")
-    return sdist, _build("wheel", next(unpacked.iterdir()), out)
+    return sdist, _build("wheel", next(unpacked.iterdir()), out, CXX=_hasty_compiler(out))
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +128,6 @@ def test_a_package_called_kernels_does_no_harm(python, tmp_path, present):
         (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.0.1'\n")
     code = "import fastcircuit.ops, fastcircuit_kernels, transformers; transformers.GPT2LMHeadModel"
     _run(python, "-c", code, cwd=tmp_path)
-
-
-def _hasty_compiler(folder):
-    """One that optimises nothing: for a build that is not measured."""
-    compiler = folder / "hasty-c++"
-    compiler.write_text(
-        f'#!/bin/sh\nexec {shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")} "$@" -O0\n'
-    )
-    compiler.chmod(0o755)
-    return str(compiler)
 
 
 def test_editable_install(source, tmp_path):
