@@ -1,4 +1,4 @@
-"""masked_read on a CUDA device: the Triton kernels beside the torch.addmm form, medians of device time."""
+"""masked_read and attention on a CUDA device: the Triton kernels beside what torch has, medians of device time."""
 
 import pytest
 import torch
@@ -39,3 +39,37 @@ def test_forward_and_backward(writers, report_row):
             f"triton {times['triton']:.3f} ms ({shape.flops(direction) / times['triton'] / 1e9:.1f} TFLOP/s), "
             f"addmm {times['addmm']:.3f} ms",
         )
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 256])
+def test_attention(tokens, report_row):
+    """Up to which length packed attention is to be taken (SHORT in fastcircuit/models/packing.py)."""
+    from triton.testing import do_bench
+
+    from fastcircuit.ops import packed_attention
+
+    rows, heads, width = 2048 // tokens, 12, 64
+    query, key, value = (
+        torch.randn(heads, 2048, width, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+    )
+    grad, starts = query.new_ones(2048, heads * width), torch.arange(rows + 1, device="cuda") * tokens
+    few = (torch.arange(heads, device="cuda") % 4 == 0).int()
+
+    def packed(alive=None):
+        return packed_attention(query, key, value, starts, scale=0.125, longest=tokens, alive=alive, backend="triton")
+
+    def padded():
+        laid_out = (part.unflatten(1, (rows, tokens)).transpose(0, 1) for part in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(*laid_out, is_causal=True, scale=0.125)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    torch.testing.assert_close(packed(), padded(), rtol=2e-2, atol=2e-2)
+    calls = {"packed": packed, "packed, a quarter of the heads": lambda: packed(few), "padded, torch": padded}
+    times = {
+        name: do_bench(lambda call=call: torch.autograd.grad(call(), (query, key, value), grad), return_mode="median")
+        for name, call in calls.items()
+    }
+    report_row(
+        f"attention forward and backward, {rows} x {tokens} tokens, 12 heads of 64, bfloat16, CUDA",
+        ", ".join(f"{name} {time:.3f} ms" for name, time in times.items()),
+    )

@@ -87,6 +87,22 @@ def _indices(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device=device, dtype=torch.int64)
 
 
+def alive(graph: Graph, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Which writers have an edge of ``product`` ``[num_edges]`` that is not 0, and which readers feed such a writer.
+
+    The host is not asked.
+
+    Returns:
+        Bool ``[num_writers]``; bool ``[num_readers]``, the final read among them.
+    """
+    writers = edge_writers(graph, product.device)
+    feeding, fed = _feeds(graph, product.device)
+    times_read = product.new_zeros(graph.num_writers).index_add_(0, writers, (product != 0).to(product.dtype))
+    feeds = product.new_zeros(graph.num_readers).index_add_(0, feeding, times_read.index_select(0, fed))
+    feeds[-1:].fill_(1)  # the final read
+    return times_read > 0, feeds > 0
+
+
 def without_dead_ends(graph: Graph, product: Tensor, rounds: int = 2) -> Tensor:
     """``product`` ``[num_edges]`` with 0 for edges into readers whose writers nothing reads; the host is not asked.
 
@@ -96,13 +112,10 @@ def without_dead_ends(graph: Graph, product: Tensor, rounds: int = 2) -> Tensor:
     Args:
         rounds: each one finds what the one before has left without readers.
     """
-    writers, readers = edge_writers(graph, product.device), _edge_readers(graph, product.device)
-    feeding, fed = _feeds(graph, product.device)
+    edge_readers = _edge_readers(graph, product.device)
     for _ in range(rounds):
-        times_read = product.new_zeros(graph.num_writers).index_add_(0, writers, (product != 0).to(product.dtype))
-        alive = product.new_zeros(graph.num_readers).index_add_(0, feeding, times_read.index_select(0, fed))
-        alive[-1:].fill_(1)  # the final read
-        product = torch.where(alive.index_select(0, readers) > 0, product, 0)
+        _, readers = alive(graph, product)
+        product = torch.where(readers.index_select(0, edge_readers), product, 0)
     return product
 
 

@@ -19,6 +19,7 @@ from fastcircuit.ops import (
     live_writers,
     masked_read,
     masked_read_backward_,
+    packed_attention,
     read_norm,
     read_norm_grad,
     reference,
@@ -105,6 +106,30 @@ def test_triton_reads_and_their_gradients(precision, readers, skipping):
     _assert_near(buffer, exact, precision)
     _assert_near(grad_mask, expected, precision)
     assert torch.equal(reads, masked_read(stream, mask, base, live=live, backend="triton"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(12, 12, 64), (4, 2, 40), (6, 2, 128)])
+@pytest.mark.parametrize(("longest", "rotary", "window"), [(16, 0, None), (200, 32, None), (90, 0, 20)])
+def test_triton_attention(dtype, heads, kv_heads, width, longest, rotary, window):
+    lengths = [longest, 1, longest // 2, longest]
+    starts, tokens = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
+    operands = _drawn(dtype, *((count, tokens, width) for count in (heads, kv_heads, kv_heads)))
+    cos, sin, grad = _drawn(dtype, (tokens, rotary), (tokens, rotary), (tokens, heads * width))
+    alive = torch.ones(heads, dtype=torch.int32, device="cuda")
+    alive[1] = 0
+    options = {"scale": width**-0.5, "window": window, "alive": alive, "longest": longest}
+    results = []
+    for wide, backend in ((False, "triton"), (True, "reference"), (False, "triton")):
+        leaves = [(part.double() if wide else part).detach().requires_grad_() for part in operands]
+        tables = tuple(part.double() if wide else part for part in (cos, sin)) if rotary else None
+        out = packed_attention(*leaves, starts.cuda(), rotary=tables, backend=backend, **options)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad.double() if wide else grad)))
+    for found, exact, again in zip(*results, strict=True):
+        assert (found.double() - exact).norm() / exact.norm() < 2 * ERROR[
+            precision
+        ]  # two products, one after the other
+        assert torch.equal(found, again)
 
 
 @pytest.mark.parametrize("tokens", [5, 300])

@@ -15,6 +15,7 @@ MAIN = (
     "hard_concrete torch.float32",
     "answer_kl bfloat16",
     "read_norm bfloat16 37",
+    "packed_attention bfloat16 64 skipping",
 )
 
 
@@ -24,7 +25,14 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def calls(hip: bool) -> dict[str, Callable[[], Any]]:
     """By name; ``hip`` leaves out what AMD's backend of Triton does not have."""
-    return {**_masked_reads(hip), **_live_writers(), **_hard_concrete(), **_answer_kl(hip), **_read_norm(hip)}
+    return {
+        **_masked_reads(hip),
+        **_live_writers(),
+        **_hard_concrete(),
+        **_answer_kl(hip),
+        **_read_norm(hip),
+        **_packed_attention(),
+    }
 
 
 def _masked_reads(hip: bool) -> dict[str, Callable[[], Any]]:
@@ -138,3 +146,33 @@ def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
     found["read_norm float16"] = lambda: call(37, torch.float16, "ieee", True, False, True)
     found["read_norm float64"] = lambda: call(1, torch.float64, "ieee", True, False, True)
     return found
+
+
+def _packed_attention() -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels.packed_attention import Call
+
+    def call(
+        dtype: torch.dtype,
+        width: int,
+        longest: int = 64,
+        skips: bool = False,
+        rotary: bool = False,
+        groups: int = 1,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> None:
+        query, key = _meta(12, TOKENS, width, dtype=dtype), _meta(12 // groups, TOKENS, width, dtype=dtype)
+        starts, alive = _meta(33, dtype=torch.int64), _meta(12, dtype=torch.int32) if skips else None
+        tables = (_meta(TOKENS, width, dtype=dtype),) * 2 if rotary else None
+        launched = Call(query, key, starts, longest, None, alive, tables, 0.125, causal, window, "ieee")
+        out, lse = launched.forward(query, key, key)
+        launched.backward(out, query, key, key, out, lse)
+
+    half = torch.bfloat16
+    return {
+        "packed_attention bfloat16 64 skipping": lambda: call(half, 64, skips=True),
+        "packed_attention bfloat16 128 rotary, skipping": lambda: call(half, 128, rotary=True, groups=3, skips=True),
+        "packed_attention bfloat16 64 both ways": lambda: call(half, 64, causal=False, window=9),
+        "packed_attention bfloat16 64, 16 tokens": lambda: call(half, 64, longest=16),
+        "packed_attention float16": lambda: call(torch.float16, 64),
+    }

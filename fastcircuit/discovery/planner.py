@@ -219,7 +219,7 @@ def step_bytes(
         states = States(*_states(model, 1 if settings.ablation != "interchange" else tokens))
         log_probs = torch.empty(answers, vocabulary, dtype=model.mask_dtype, device=meta)
         mask = torch.empty(model.graph.num_edges, dtype=model.mask_dtype, device=meta, requires_grad=True)
-        packed = device.type == "cpu" and bucket.longest <= SHORT
+        packed = bucket.longest <= SHORT and (device.type == "cpu" or model.fused)
         packing = _Planned(bucket, numbers, packed)
         ids = numbers["token_ids"]
         read = model.final_read(ids, packing, states, Masks(mask), numbers["answers"], recompute=recompute)

@@ -1,7 +1,8 @@
-"""Packed tokens: everything token-wise runs on the real tokens only; attention sees padded sequences.
+"""Packed tokens: everything token-wise runs on the real tokens only.
 
-Real tokens are packed row after row into one ``[T]`` axis. For attention they are laid out again as ``[B, S]`` with the
-padding on the right, whichever side it came in on, so that the causal mask alone keeps real queries off padding.
+Real tokens are packed row after row into one ``[T]`` axis. Where no kernel attends within the rows as they lie there,
+they are laid out again as ``[B, S]`` with the padding on the right, whichever side it came in on, so that the causal
+mask alone keeps real queries off padding.
 """
 
 from functools import cached_property
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from fastcircuit.errors import InputError
 
-# Up to this length the packed kernel is at least as fast as torch's attention over padded sequences.
+# Up to this length the packed kernel is at least as fast as torch's attention over padded sequences: the C++ one, that
+# is; Triton's is taken at the same lengths, unmeasured.
 SHORT = 256
 
 
@@ -206,10 +208,12 @@ class FixedPacking(Packing):
     def is_full(self) -> bool:
         return self._full
 
-    @property
-    def is_short(self) -> bool:
-        """Never: the packed kernel wants the sequences' places on the host."""
-        return False
+    @cached_property
+    def starts(self) -> Tensor:
+        """First packed token of every row, on the device; the tokens too many are cut into more rows, none too long."""
+        ends = self.lengths.cumsum(0)
+        more = torch.arange(1, -(-self.num_tokens // self.longest) + 1, device=self.device) * self.longest
+        return F.pad(torch.cat([ends, ends[-1] + more]).clamp_(max=self.num_tokens), (1, 0))
 
 
 def _check_mask(real: Tensor, shape: torch.Size) -> None:

@@ -132,29 +132,39 @@ def attend(
     packing: Packing,
     causal: bool,
     head_to_kv: Tensor | None = None,
+    alive: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One block's attention between the projections in front of it and the one behind it.
 
     Args:
         projected: queries ``[H, T, d_head]``, keys and values ``[KV, T, d_head]``.
         head_to_kv: key/value head of every head, ``[H]``; None: consecutive groups of equal size.
+        alive: int32 ``[H]``, 0 for heads whose output nothing needs, nor the gradients of their operands, which may
+            hold anything; None: all are needed.
+        backend: which kernels to use.
 
     Returns:
         ``[T, H * d_head]``.
     """
     query, key, value = projected
-    if packing.is_short and runs_packed(query, key):
+    if packing.is_short and runs_packed(query, key, alive, backend):
         return packed_attention(
             query,
             key,
             value,
             packing.starts,
             scale=attention.scale,
-            kv_of_head=head_to_kv,
+            longest=packing.longest,
+            kv_of_head=None if head_to_kv is None else head_to_kv.cpu(),
+            alive=alive,
             rotary=rotary,
             causal=causal,
             window=attention.window,
+            backend=backend,
         )
+    if alive is not None:  # what the keys of a group get of such a head must be 0
+        query = torch.where(alive[:, None, None] != 0, query, 0)
     if rotary is not None:
         query, key = rotate(query, *rotary), rotate(key, *rotary)
     if head_to_kv is not None:

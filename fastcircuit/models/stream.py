@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcircuit.graph import Graph, Site
+from fastcircuit.masks import alive
 from fastcircuit.models.active import Active
 from fastcircuit.models.anatomy import Anatomy, Attention, NoNorm, Norm
 from fastcircuit.models.components import AttentionRun, LayerRun, MlpRun
@@ -48,7 +49,8 @@ class MaskedRun:
         skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change;
             the gradient of a mask that is exactly 0 may be reported as 0, as a clamped hard-concrete sample's is.
         on_device: with ``skip_zeros``, find out what to leave out without the host, so that shapes and launches stay
-            the same: only rows of the stream are, and only where ``fused``.
+            the same: rows of the stream and heads' attention are, readers, projections and MLPs are not, and only
+            where ``fused``.
         backend: which kernels to use.
         fused: read and normalise in one pass; None: where there is a kernel for it.
     """
@@ -67,6 +69,7 @@ class MaskedRun:
     active: Active = field(init=False)
     stream: Tensor | None = field(init=False, default=None)
     _top: Tensor | None = field(init=False, default=None)
+    _alive: Tensor | None = field(init=False, default=None)
     _layers: list[LayerRun] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -90,6 +93,8 @@ class MaskedRun:
         if self.fused is None:
             self.fused = is_compiled("read_norm", self.backend, self.embeds, mask)
         self.active = Active(self.graph, on, mask.device)
+        if self.skip_zeros and self.on_device and self.fused:
+            self._alive = alive(self.graph, mask)[0].int()
         _, tokens, width = self.embeds.shape
         below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
         self.stream = POOL.empty((below_top, tokens, width), self.embeds)
@@ -287,8 +292,12 @@ class MaskedRun:
             groups, head_to_kv = torch.unique(live // group, return_inverse=True)
             attention = attention.take(live, groups)
 
+        heads, causal = None, self.anatomy.causal
+        if self._alive is not None:
+            heads = self._alive[self.graph.head_writer(layer) : self.graph.mlp_writer(layer)]
+
         def attends(projected: tuple[Tensor, ...]) -> Tensor:
-            return attend(attention, projected, self.rotary, self.packing, self.anatomy.causal, head_to_kv)
+            return attend(attention, projected, self.rotary, self.packing, causal, head_to_kv, heads, self.backend)
 
         return AttentionRun(attention, attends, self._attention_inputs(attention, run, stream, weights, plain))
 

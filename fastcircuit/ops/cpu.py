@@ -1,6 +1,5 @@
 """Launches the C++ kernels: checks that tensors lie as they want, and passes addresses, shapes and strides."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,10 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
     if op.startswith("norm_projection"):
         return _unsupported_projection(*tensors)
+    if op == "packed_attention":
+        return _unsupported_attention(*tensors)
     if not op.startswith("masked_read"):
-        return _unsupported_kind("query" if op == "packed_attention" else "x", tensors[-2])
+        return _unsupported_kind("x", tensors[-2])
     stream = tensors[0 if op == "masked_read" else 1]
     assert stream is not None
     reasons = layout_reasons(op, tensors)
@@ -44,6 +45,11 @@ def _unsupported_kind(name: str, tensor: Tensor | None) -> list[str]:
     if tensor.dtype not in _CODES:
         reasons.append(f"{name} is {tensor.dtype}; the kernels have float32, float64 and bfloat16")
     return reasons
+
+
+def _unsupported_attention(query: Tensor | None, key: Tensor | None, alive: Tensor | None) -> list[str]:
+    reasons = _unsupported_kind("query", query)
+    return reasons if alive is None else [*reasons, "the kernel leaves out no heads"]
 
 
 def _unsupported_projection(x: Tensor | None, weight: Tensor | None) -> list[str]:
@@ -293,9 +299,11 @@ def _row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
     return rows, group_stride, row_stride
 
 
-def packed_attention(*operands: Any) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, kv_of_head: Tensor, alive: None, *rest: Any
+) -> Tensor:
     """Softmax attention of packed sequences (see :func:`fastcircuit.ops.packed_attention`)."""
-    out: Tensor = _PackedAttention.apply(*operands)
+    out: Tensor = _PackedAttention.apply(query, key, value, starts, longest, kv_of_head, *rest)
     return out
 
 
@@ -303,10 +311,10 @@ class _PackedAttention(torch.autograd.Function):
     """Saves the operands alone: backward computes the scores again."""
 
     @staticmethod
-    def forward(ctx, query, key, value, starts, kv_of_head, rotary, scale, causal, window):
+    def forward(ctx, query, key, value, starts, longest, kv_of_head, rotary, scale, causal, window):
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         ctx.save_for_backward(query, key, value)
-        ctx.call = _attention_call(query, key, starts, kv_of_head, rotary, scale, causal, window)
+        ctx.call = _attention_call(query, starts, longest, kv_of_head, rotary, scale, causal, window)
         heads, tokens, width = query.shape
         out = query.new_empty(tokens, heads * width)
         extension.kernels.packed_attention(*ctx.call(query, key, value), out.data_ptr())
@@ -320,13 +328,13 @@ class _PackedAttention(torch.autograd.Function):
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         addresses = tuple(grad.data_ptr() for grad in grads)
         extension.kernels.packed_attention_backward(*ctx.call(query, key, value), grad_out.data_ptr(), addresses)
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *(None,) * 7)
 
 
 def _attention_call(
     query: Tensor,
-    key: Tensor,
     starts: Tensor,
+    longest: int,
     kv_of_head: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     scale: float,
@@ -336,8 +344,6 @@ def _attention_call(
     """What forward and backward pass to the kernel, given query, key and value. It keeps what it points to alive."""
     starts, kv_of_head = starts.contiguous(), kv_of_head.contiguous()
     tables = () if rotary is None else tuple(table.to(query.dtype).contiguous() for table in rotary)
-    bounds = starts.tolist()
-    longest = max((last - first for first, last in itertools.pairwise(bounds)), default=0)
 
     def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
         heads, tokens, width = query.shape
@@ -346,7 +352,7 @@ def _attention_call(
             torch.get_num_threads(),
             _CODES[query.dtype],
             (heads, key.shape[0], tokens, width),
-            (len(bounds) - 1, longest, starts.data_ptr(), kv_of_head.data_ptr()),
+            (len(starts) - 1, longest, starts.data_ptr(), kv_of_head.data_ptr()),
             (query.data_ptr(), key.data_ptr(), value.data_ptr()),
             (tables[0].shape[-1], *(table.data_ptr() for table in tables)) if tables else (0, 0, 0),
             scale,

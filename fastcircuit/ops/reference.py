@@ -150,7 +150,9 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     starts: Tensor,
+    longest: int,
     kv_of_head: Tensor,
+    alive: Tensor | None,
     rotary: tuple[Tensor, Tensor] | None,
     scale: float,
     causal: bool,
@@ -161,6 +163,8 @@ def packed_attention(
         query, key = rotate(query, *rotary), rotate(key, *rotary)
     kv_of_head = kv_of_head.to(key.device)
     key, value = key.index_select(0, kv_of_head), value.index_select(0, kv_of_head)
+    if alive is not None:
+        query, key, value = (torch.where(alive[:, None, None] != 0, part, 0) for part in (query, key, value))
     out = [
         _attention(query[:, first:last], key[:, first:last], value[:, first:last], scale, causal, window)
         for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)

@@ -5,6 +5,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastcircuit.errors import InputError
 from fastcircuit.ops.layout import layout_reasons
@@ -13,6 +14,7 @@ _NEEDED = {
     "triton": "pip install 'fastcircuit[gpu]' (Linux)",
     "fastcircuit_kernels.masked_read": "pip install fastcircuit",
 }
+_WIDEST_HEAD = 128
 FLOAT32_PRECISIONS = ("ieee", "tf32x3", "tf32")
 _forced_precision: str | None = None
 
@@ -58,6 +60,11 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     # Ops that read the stream, and where it is among their tensors.
     of_stream = {"read_norm": "masked_read", "read_norm_grad": "masked_read_grads"}.get(op, op)
     reasons = layout_reasons(of_stream, tensors) if of_stream.startswith("masked_read") else []
+    if op == "packed_attention":
+        if first.shape[-1] > _WIDEST_HEAD:
+            reasons.append(f"a head has {first.shape[-1]} numbers; the kernel is for at most {_WIDEST_HEAD}")
+        if first.element_size() != 2 and not _interpreted():
+            reasons.append(f"query is {first.dtype}, for which registers spill; the kernel has float16 and bfloat16")
     if first.device.type != "cuda" and not _interpreted():
         reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
     return reasons
@@ -206,3 +213,58 @@ def read_norm_grad(
         live,
         float32_precision(),
     )
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    kv_of_head: Tensor,
+    alive: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Softmax attention of packed sequences; only unequal groups of heads have to be copied to the device."""
+    from fastcircuit_kernels import packed_attention as kernels
+
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    heads, kv_heads = len(query), len(key)
+    equal = heads % kv_heads == 0 and torch.equal(kv_of_head, torch.arange(heads, device="cpu") // (heads // kv_heads))
+    if rotary is not None:
+        cos, sin = (table.to(query.dtype).contiguous() for table in rotary)
+        rotary = cos, sin
+    call = kernels.Call(
+        query,
+        key,
+        starts.to(query.device),
+        longest,
+        None if equal else kv_of_head.to(query.device),
+        alive,
+        rotary,
+        scale,
+        causal,
+        window,
+        float32_precision(),
+    )
+    out: Tensor = _PackedAttention.apply(query, key, value, call)
+    return out
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Saves the operands, the result and a number per score row: backward computes the scores again."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, call):
+        out, lse = call.forward(query, key, value)
+        ctx.call = call
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *ctx.call.backward(grad.contiguous(), *ctx.saved_tensors), None

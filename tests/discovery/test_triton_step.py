@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,3 +96,54 @@ def test_inputs_that_are_too_large_to_be_made_together(monkeypatch):
     found = stepped("llama", "triton")
     torch.testing.assert_close(found.kl, expected.kl, rtol=1e-5, atol=0)
     torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-3, atol=1e-6)
+
+
+DEAD = {
+    "heads and MLPs": lambda graph: [graph.head_writer(0, 1), *heads(graph, 1)[2:], graph.mlp_writer(0)],
+    "a layer": lambda graph: [*heads(graph, 1), graph.mlp_writer(1), graph.mlp_writer(2)],
+    "everything": lambda graph: range(graph.num_writers),
+}
+
+
+def heads(graph, layer):
+    return list(range(graph.head_writer(layer), graph.mlp_writer(layer)))
+
+
+@pytest.mark.parametrize(
+    ("name", "recompute", "dead"),
+    [("gpt2", False, "heads and MLPs"), ("gpt2", False, "everything"), ("llama", True, "a layer")],
+)
+def test_attention_of_dead_heads_is_left_out_and_changes_nothing(name, recompute, dead, monkeypatch):
+    """Fresh memory is NaN, so that what is left out and yet read is found out; float64 is the truth."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        skipping = gradient_with(name, DEAD[dead], torch.float32, "triton", recompute)
+        exact = gradient_with(name, DEAD[dead], torch.float64, "reference", recompute)
+        monkeypatch.setattr(stream, "live_writers", lambda weights, backend: None)
+        monkeypatch.setattr(stream, "alive", lambda graph, mask: (torch.ones(graph.num_writers), None))
+        whole = gradient_with(name, DEAD[dead], torch.float32, "triton", recompute)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    open_masks = (exact[2] > 0) & (exact[2] < 1)
+    for found in (skipping, whole):
+        torch.testing.assert_close(found[0].double(), exact[0], rtol=2e-4, atol=1e-7)
+        difference = (found[1].double() - exact[1])[open_masks]
+        assert difference.norm() <= 2e-4 * exact[1][open_masks].norm()
+    torch.testing.assert_close(skipping[0], whole[0], rtol=1e-6, atol=1e-9)  # sums in another order
+
+
+def gradient_with(name, dead, dtype, backend, recompute):
+    """KL, its gradient by every mask, and the masks, of an example with random masks and these writers dead."""
+    model = MaskedCausalLM(tiny_model(name, torch.float32).to(dtype), backend=backend)
+    graph, generator = model.graph, torch.Generator().manual_seed(3)
+    reference = Reference(model, make_task().split("train"))
+    run = EdgePruning(reference, 40, SETTINGS, execution=Execution("fixed", recompute=recompute))
+    static = StaticStep(reference, run.parameters, run.parameters.optimizer(on_device=True), recompute)
+    static.begin()
+    mask = (torch.rand(graph.num_edges, generator=generator) * 2 - 0.5).clamp(0, 1)
+    mask[np.isin(graph.edge_writers, list(dead(graph)))] = 0
+    static.product = mask.to(model.mask_dtype)
+    static.gradient, static.kl = torch.zeros_like(static.product), static.product.new_zeros(())
+    indices = torch.tensor([2])
+    static.accumulate(filled(reference, Bucket.of(reference, indices, 1), indices))
+    return static.kl, static.gradient, static.product

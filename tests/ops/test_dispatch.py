@@ -15,7 +15,11 @@ from tests.ops.conftest import usable_backends
 OPS = torch.ops.fastcircuit
 USABLE = usable_backends()
 ROOT = Path(__file__).parents[2]
-TRITON_OPS = ("masked_read", "read_norm", "hard_concrete", "answer_kl")
+TRITON_TESTS = {
+    "reads": ["ops/test_masked_read.py", "ops/test_read_norm.py"],
+    "the rest": ["ops/test_packed_attention.py", "ops/test_hard_concrete.py", "ops/test_answer_kl.py"],
+    "a step": ["discovery/test_triton_step.py"],
+}
 
 BLOCKED = """
 import importlib.abc, sys
@@ -144,12 +148,12 @@ def test_a_process_without_the_extension_or_triton():
 
 
 @pytest.mark.slow
-def test_triton_kernels_in_the_interpreter():
+@pytest.mark.parametrize("what", TRITON_TESTS)
+def test_triton_kernels_in_the_interpreter(what):
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the other tests already run the Triton kernels")
-    tests = [str(Path(__file__).with_name(f"test_{op}.py")) for op in TRITON_OPS]
-    tests.append(str(ROOT / "tests" / "discovery" / "test_triton_step.py"))
+    tests = [str(ROOT / "tests" / file) for file in TRITON_TESTS[what]]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", "triton"],
         cwd=ROOT,
