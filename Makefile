@@ -31,9 +31,9 @@ $(TOOLS): pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
 	$(INSTALL) -e ".[$(EXTRAS)]"
 	@touch $@
 
-# The compiled kernels again when only they changed: seconds, and no network.
+# The compiled kernels again when only they changed since they were installed: seconds, and no network.
 $(BUILT): setup.py $(wildcard csrc/*) $(TOOLS)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@if [ -n "$$(find setup.py csrc -newer $(TOOLS))" ]; then $(BIN)/python setup.py --quiet build_ext --inplace; fi
 	@touch $@
 
 demo: $(if $(wildcard $(TOOLS)),setup,$(PACKAGE))  ## find, evaluate and draw a circuit in a shipped model
