@@ -25,6 +25,7 @@ from fastcircuit.models.loading import quiet
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import SHORT, FixedPacking
 from fastcircuit.models.states import States
+from fastcircuit.ops import triton
 from fastcircuit.ops.backends import missing_reason
 from fastcircuit.tasks.task import Examples
 
@@ -219,8 +220,7 @@ def step_bytes(
         states = States(*_states(model, 1 if settings.ablation != "interchange" else tokens))
         log_probs = torch.empty(answers, vocabulary, dtype=model.mask_dtype, device=meta)
         mask = torch.empty(model.graph.num_edges, dtype=model.mask_dtype, device=meta, requires_grad=True)
-        packed = bucket.longest <= SHORT and (device.type == "cpu" or model.fused)
-        packing = _Planned(bucket, numbers, packed)
+        packing = _Planned(bucket, numbers, packed=bucket.longest <= SHORT and _attends_packed(model, device))
         ids = numbers["token_ids"]
         read = model.final_read(ids, packing, states, Masks(mask), numbers["answers"], recompute=recompute)
         if model.fused:
@@ -232,6 +232,14 @@ def step_bytes(
         own = torch.log_softmax(logits.to(model.mask_dtype), dim=-1)
         torch.autograd.grad(kl_divergence(log_probs, own).sum(), mask)
     return bytes_now.peak
+
+
+def _attends_packed(model: MaskedCausalLM, device: torch.device) -> bool:
+    """Whether a kernel attends within short sequences as they lie; otherwise they are laid out for torch's."""
+    if device.type == "cpu":
+        return True
+    head_width = model.anatomy.blocks[0].attention.out_weight.shape[1]
+    return bool(model.fused) and not triton.attention_reasons(model.dtype, head_width)
 
 
 def meta_twin(model: MaskedCausalLM) -> MaskedCausalLM:

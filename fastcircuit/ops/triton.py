@@ -61,12 +61,19 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     of_stream = {"read_norm": "masked_read", "read_norm_grad": "masked_read_grads"}.get(op, op)
     reasons = layout_reasons(of_stream, tensors) if of_stream.startswith("masked_read") else []
     if op == "packed_attention":
-        if first.shape[-1] > _WIDEST_HEAD:
-            reasons.append(f"a head has {first.shape[-1]} numbers; the kernel is for at most {_WIDEST_HEAD}")
-        if first.element_size() != 2 and not _interpreted():
-            reasons.append(f"query is {first.dtype}, for which registers spill; the kernel has float16 and bfloat16")
+        reasons += attention_reasons(first.dtype, first.shape[-1])
     if first.device.type != "cuda" and not _interpreted():
         reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
+    return reasons
+
+
+def attention_reasons(dtype: torch.dtype, width: int) -> list[str]:
+    """Why packed attention does not take heads of so many numbers in this dtype, whatever the device."""
+    reasons = []
+    if width > _WIDEST_HEAD:
+        reasons.append(f"a head has {width} numbers; the kernel is for at most {_WIDEST_HEAD}")
+    if dtype.itemsize != 2 and not _interpreted():
+        reasons.append(f"query is {dtype}, for which registers spill; the kernel has float16 and bfloat16")
     return reasons
 
 

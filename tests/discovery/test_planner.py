@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fastcircuit.discovery import Settings, discover
+from fastcircuit.discovery import Settings, discover, planner
 from fastcircuit.discovery.edge_pruning import EdgePruning
 from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.live_bytes import LiveBytes
@@ -128,3 +128,21 @@ def test_a_run_that_does_not_fit_is_planned_smaller_and_says_so(monkeypatch):
     assert len(notes) == 1
     assert " of 8 examples at a time" in notes[0]
     torch.testing.assert_close(small.masks.edge, whole.masks.edge, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "packed"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
+def test_on_a_gpu_half_precision_alone_attends_within_sequences_as_they_lie(dtype, packed, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(planner, "missing_reason", lambda backend: None)
+    planned = []
+    make = planner._Planned
+
+    def noted(bucket, numbers, packed):
+        planned.append(packed)
+        return make(bucket, numbers, packed)
+
+    monkeypatch.setattr(planner, "_Planned", noted)
+    model = meta_twin(MaskedCausalLM(tiny_model("gpt2", torch.float32).to(dtype)))
+    bucket = largest_bucket(torch.tensor([9, 5]), torch.tensor([1, 1]), 2, fixed=True)
+    assert step_bytes(model, bucket, False, 41, Settings(), torch.device("cuda")) > 0
+    assert planned == [packed]
