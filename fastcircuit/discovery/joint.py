@@ -35,9 +35,9 @@ def joint_pairs(circuit: Circuit, gradient: Gradient, most: int) -> list[tuple[i
     pairs = []
     for edge in out_of.tolist():
         inputs = np.flatnonzero(into & _feeding(circuit.graph, circuit.graph.edge_writers[edge]))
-        best = inputs[np.argmax(gain[inputs])]
-        if gain[best] > 0:
-            pairs.append((int(best), edge))
+        best = max(inputs.tolist(), key=gain.__getitem__, default=None)
+        if best is not None and gain[best] > 0:
+            pairs.append((best, edge))
     return pairs
 
 

@@ -296,6 +296,17 @@ def test_pairs_lead_through_components_that_the_circuit_does_not_use(name, ablat
     assert refiner.kl(joined) <= kl
 
 
+def test_components_that_can_be_fed_nothing_make_no_pair():
+    """Without embedding writers nothing leads into the first layer's heads."""
+    model = MaskedCausalLM(tiny_model("gpt2", torch.float32), "none")
+    graph = model.graph
+    used = graph.mlp_writer(0)
+    circuit = Circuit(graph, (graph.edge_writers == used) & (graph.edge_readers == graph.num_readers - 1))
+    pairs = joint_pairs(circuit, lambda circuit: np.full(graph.num_edges, -1.0), graph.num_writers)
+    assert {graph.edge_writers[into] for into, _ in pairs} == {used}
+    assert {graph.edge_writers[out] for _, out in pairs} == set(range(used + 1, graph.num_writers))
+
+
 def test_a_circuit_that_uses_everything_has_no_pairs(model):
     refiner = Refiner(Reference(model, make_task().split("train")))
     full = Circuit.full(model.graph)
