@@ -16,17 +16,17 @@ constexpr int64_t kInner = 32;  // numbers summed over by one product, and bfloa
 // The compiler does not know that a tile load reads memory: what was stored for it must be stored before this.
 FC_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
 
-// Where this lives the tiles are configured: 0 to 5 are sums or left factors of `rows` rows, 6 a left factor, 7 a
-// right one.
+// Where this lives the tiles are configured: the last `rights` of the eight are right factors, the others sums or left
+// factors of `rows` rows.
 class Tiles {
  public:
-  explicit Tiles(int64_t rows) {
+  explicit Tiles(int64_t rows, int rights = 1) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = uint8_t(i == 7 ? kTileRows : rows);
+    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = uint8_t(i >= 8 - rights ? kTileRows : rows);
     before_tile_loads();
     _tile_loadconfig(&config);
   }

@@ -1,43 +1,91 @@
-// The forward kernel on matrix tiles: reads[R, 32 columns] = base + mask[R, W] stream[W, 32 columns].
+// The forward kernel on matrix tiles: reads[R, 32 columns] = base + mask[R, W] stream[W, 32 columns]. Panels of the stream
+// become right factors while the one before is multiplied, so that reading memory hides behind the products.
 #pragma once
 
 #include "amx.h"
-#include "prefetch.h"
+#include "panel.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
 
 constexpr int64_t kMostPanelColumns = 1024, kReadPanelBytes = 512 * 1024;
+constexpr int64_t kReadPanelsPerRange = 4;  // at least: nothing hides the copy of the first one
 // Reads written around the cache go in runs of this many columns, which memory takes faster than a cache line of each
 // row at a time.
 constexpr int64_t kRunColumns = 256;
 
-// sums[2 block + half] += left[block] right[half], for N blocks of readers.
+// sums[2 block + half] += left[block] right[half], for N <= 3 blocks of readers; the right factor that a block ends with
+// is the next one's first.
 template <int N>
-FC_INLINE void add_products(const char* left, const char* right) {
-  _tile_loadd(7, right, 64);
+FC_INLINE void add_products(const char* left, const char* right, int64_t half) {
   _tile_loadd(6, left, 64);
+  _tile_loadd(7, right, 64);
   _tile_dpbf16ps(0, 6, 7);
+  _tile_loadd(7, right + half, 64);
+  _tile_dpbf16ps(1, 6, 7);
   if constexpr (N > 1) {
     _tile_loadd(6, left + kTileBytes, 64);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_loadd(7, right, 64);
     _tile_dpbf16ps(2, 6, 7);
   }
   if constexpr (N > 2) {
     _tile_loadd(6, left + 2 * kTileBytes, 64);
     _tile_dpbf16ps(4, 6, 7);
-  }
-  _tile_loadd(7, right + kTileBytes, 64);
-  _tile_loadd(6, left, 64);
-  _tile_dpbf16ps(1, 6, 7);
-  if constexpr (N > 1) {
-    _tile_loadd(6, left + kTileBytes, 64);
-    _tile_dpbf16ps(3, 6, 7);
-  }
-  if constexpr (N > 2) {
-    _tile_loadd(6, left + 2 * kTileBytes, 64);
+    _tile_loadd(7, right + half, 64);
     _tile_dpbf16ps(5, 6, 7);
   }
 }
+
+// The same for two blocks, where tile 6 is a right factor too: nothing is loaded twice.
+FC_INLINE void add_products_of_two(const char* left, const char* right, int64_t half) {
+  _tile_loadd(4, left, 64);
+  _tile_loadd(6, right, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, right + half, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, left + kTileBytes, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Pairs of rows, 32 columns per step, to right factors: to[columns / 32][pitch][64 bytes], and half a step further on
+// the other half of the columns.
+class PairCopy {
+ public:
+  PairCopy() = default;
+
+  // `pitch` places for pairs in a step's half.
+  PairCopy(const Bf16* first, int64_t stride, int64_t pairs, int64_t steps, char* to, int64_t pitch)
+      : from_{first, 2 * stride, pairs, steps, 2 * pitch}, fetched_(from_), stride_(stride), half_(64 * pitch), to_(to),
+        left_(pairs * steps) {
+    for (int64_t i = 0; i < kAhead && i < left_; ++i) fetched_.advance();
+  }
+
+  FC_INLINE void step() {
+    if (left_ == 0) return;
+    __builtin_prefetch(fetched_.at, 0, 2);
+    __builtin_prefetch(fetched_.at + stride_, 0, 2);
+    fetched_.advance();
+    const Pairs pairs = pair_up(load_32(from_.at), load_32(from_.at + stride_));
+    _mm512_store_si512(to_, pairs.half[0]);
+    _mm512_store_si512(to_ + half_, pairs.half[1]);
+    to_ += from_.advance() * int64_t(sizeof(Bf16));
+    --left_;
+  }
+
+  void finish() {
+    while (left_ > 0) step();
+  }
+
+ private:
+  static constexpr int64_t kAhead = 32;  // steps from fetching a pair to copying it
+
+  PanelWalk<Bf16, kInner> from_{}, fetched_{};
+  int64_t stride_ = 0, half_ = 0;
+  char* to_ = nullptr;
+  int64_t left_ = 0;
+};
 
 class Read {
  public:
@@ -47,31 +95,40 @@ class Read {
     Read read(p);
     std::memset(scratch, 0, read.layout(static_cast<char*>(scratch)));
     read.put_mask(static_cast<const float*>(mask));
-    const Tiles tiles(read.blocks_.rows);
+    while (read.panel_ > kInner && end - begin < kReadPanelsPerRange * read.panel_) read.panel_ /= 2;
+    const Tiles tiles(read.blocks_.rows, read.in_twos_ ? 2 : 1);
+    read.begin_copy(begin, end);
     for (; begin < end; begin += read.panel_) read.panel(begin, end);
     _mm_sfence();
   }
 
  private:
-  static constexpr int64_t kGroup = 3;  // blocks of readers that share a load of the stream
-
   explicit Read(const ReadParams& p)
       : p_(p), blocks_(p.readers, (p.readers + kTileRows - 1) / kTileRows), inner_((p.writers + kInner - 1) / kInner),
-        parts_(mask_parts(p.mask_dtype, Dtype::bf16)),
-        lines_per_product_(inner_ > 0 ? 1 + kInner / (parts_ * ((blocks_.count + kGroup - 1) / kGroup)) : 0) {
+        parts_(mask_parts(p.mask_dtype, Dtype::bf16)), in_twos_(blocks_.count % 2 == 0), pace_(pairs_per_product()) {
     while (panel_ < kMostPanelColumns && 2 * panel_ * p.writers * int64_t(sizeof(Bf16)) <= kReadPanelBytes) panel_ *= 2;
   }
 
   // Points into the scratch memory; returns its size.
   int64_t layout(char* scratch) {
     const int64_t left_bytes = inner_ * parts_ * blocks_.count * kTileBytes;
-    const int64_t right_bytes = panel_ / kInner * inner_ * 2 * kTileBytes;
+    const int64_t right_bytes = panel_ / kInner * step_bytes();
     left_ = scratch;
     right_ = left_ + left_bytes;
-    sums_ = right_ + right_bytes;
+    other_ = right_ + right_bytes;
+    sums_ = other_ + right_bytes;
     runs_ = reinterpret_cast<Bf16*>(sums_ + 2 * kTileBytes);
     const int64_t run_bytes = around_ ? p_.readers * kRunColumns * int64_t(sizeof(Bf16)) : 0;
-    return left_bytes + right_bytes + 2 * kTileBytes + run_bytes;
+    return left_bytes + 2 * right_bytes + 2 * kTileBytes + run_bytes;
+  }
+
+  // Right factors of 32 columns, [half][inner].
+  int64_t step_bytes() const { return 2 * inner_ * kTileBytes; }
+
+  // Copies of the next panel that one panel's products make room for.
+  int64_t pairs_per_product() const {
+    const int64_t group = in_twos_ ? 2 : 3, products = inner_ * parts_ * ((blocks_.count + group - 1) / group);
+    return products > 0 ? 1 + p_.writers / 2 / products : 1;
   }
 
   // The mask as left factors [inner][part][block].
@@ -90,18 +147,42 @@ class Read {
         }
   }
 
+  const Bf16* stream(int64_t w) const { return static_cast<const Bf16*>(p_.stream) + w * p_.stream_stride; }
+
+  void begin_copy(int64_t begin, int64_t end) {
+    const int64_t width = end - begin < panel_ ? end - begin : panel_;
+    copy_ = width < kInner ? PairCopy()
+                           : PairCopy(stream(0) + begin, p_.stream_stride, p_.writers / 2, width / kInner, other_,
+                                      inner_ * kTileRows);
+  }
+
+  // What the copy of a panel leaves: a last row without another one, and the columns of an incomplete step.
+  void finish_copy(int64_t begin, int64_t stop) {
+    copy_.finish();
+    char* to = other_;
+    for (int64_t c = begin; c < stop; c += kInner, to += step_bytes())
+      for (int64_t w = stop - c < kInner ? 0 : p_.writers / 2 * 2; w < p_.writers; w += 2) {
+        const __m512i second = w + 1 < p_.writers ? load_32(stream(w + 1) + c, stop - c) : _mm512_setzero_si512();
+        const Pairs pairs = pair_up(load_32(stream(w) + c, stop - c), second);
+        _mm512_store_si512(to + w / 2 * 64, pairs.half[0]);
+        _mm512_store_si512(to + w / 2 * 64 + inner_ * kTileBytes, pairs.half[1]);
+      }
+    char* const done = right_;
+    right_ = other_, other_ = done;
+  }
+
   void panel(int64_t begin, int64_t end) {
     const int64_t next = begin + panel_, stop = next < end ? next : end;
-    put_stream(begin, stop);
-    Prefetch ahead(static_cast<const Bf16*>(p_.stream) + next, p_.stream_stride, p_.writers,
-                   end - next < panel_ ? end - next : panel_);
+    finish_copy(begin, stop);
+    begin_copy(stop, end);
     const char* right = right_;
-    for (; begin < stop; begin += kInner, right += inner_ * 2 * kTileBytes) {
+    for (; begin < stop; begin += kInner, right += step_bytes()) {
       const int64_t width = stop - begin < kInner ? stop - begin : kInner;
       int64_t block = 0;
-      for (; block + kGroup <= blocks_.count; block += kGroup) multiply<3>(block, right, begin, width, ahead);
-      if (blocks_.count - block == 2) multiply<2>(block, right, begin, width, ahead);
-      if (blocks_.count - block == 1) multiply<1>(block, right, begin, width, ahead);
+      for (; in_twos_ && block < blocks_.count; block += 2) multiply<2, true>(block, right, begin, width);
+      for (; block + 3 <= blocks_.count; block += 3) multiply<3>(block, right, begin, width);
+      if (blocks_.count - block == 2) multiply<2>(block, right, begin, width);
+      if (blocks_.count - block == 1) multiply<1>(block, right, begin, width);
       const int64_t end_of_run = begin + width;
       if (around_ && (run_ += width, run_ == kRunColumns || end_of_run >= stop)) {
         write_run(end_of_run - run_, run_);
@@ -110,71 +191,55 @@ class Read {
     }
   }
 
-  // Columns of the stream as right factors [step][inner][half], a few rows at a time along the whole panel: going down
-  // all rows for every step would look up a page for each, and rows a power of two apart share few places to look.
-  void put_stream(int64_t begin, int64_t stop) const {
-    for (int64_t first = 0; first < p_.writers; first += Prefetch::kTogether) {
-      const int64_t last = first + Prefetch::kTogether < p_.writers ? first + Prefetch::kTogether : p_.writers;
-      char* to = right_ + first / kInner * 2 * kTileBytes + first % kInner / 2 * 64;
-      for (int64_t c = begin; c < stop; c += kInner, to += inner_ * 2 * kTileBytes)
-        for (int64_t w = first; w < last; w += 2) put_pair(w, c, stop - c, to + (w - first) / 2 * 64);
-    }
-  }
-
-  FC_INLINE void put_pair(int64_t w, int64_t column, int64_t width, char* to) const {
-    const Bf16* from = static_cast<const Bf16*>(p_.stream) + w * p_.stream_stride + column;
-    const __m512i second = w + 1 < p_.writers ? load_32(from + p_.stream_stride, width) : _mm512_setzero_si512();
-    const Pairs pairs = pair_up(load_32(from, width), second);
-    _mm512_store_si512(to, pairs.half[0]);
-    _mm512_store_si512(to + kTileBytes, pairs.half[1]);
-  }
-
-  template <int N>
-  void multiply(int64_t block, const char* right, int64_t begin, int64_t width, Prefetch& ahead) {
-    alignas(64) float base[kInner] = {};
-    if (p_.base) {
-      __m512 low, high;
-      load_wide(static_cast<const Bf16*>(p_.base) + begin, width, low, high);
-      _mm512_store_ps(base, low);
-      _mm512_store_ps(base + kSums, high);
-    }
-    before_tile_loads();
-    _tile_loadd(0, base, 0);  // every row begins with the base
-    _tile_loadd(1, base + kSums, 0);
+  template <int N, bool InTwos = false>
+  void multiply(int64_t block, const char* right, int64_t begin, int64_t width) {
+    _tile_zero(0);
+    _tile_zero(1);
     if constexpr (N > 1) {
-      _tile_loadd(2, base, 0);
-      _tile_loadd(3, base + kSums, 0);
+      _tile_zero(2);
+      _tile_zero(3);
     }
     if constexpr (N > 2) {
-      _tile_loadd(4, base, 0);
-      _tile_loadd(5, base + kSums, 0);
+      _tile_zero(4);
+      _tile_zero(5);
     }
-    for (int64_t k = 0; k < inner_; ++k)
-      for (int64_t i = 0; i < parts_; ++i) {
-        fetch(ahead, lines_per_product_);
-        add_products<N>(left(k, i, block), right + 2 * k * kTileBytes);
+    PairCopy copy = copy_;  // a member would be written back at every step
+    const char* factors = left(0, 0, block);
+    for (int64_t k = 0; k < inner_; ++k, right += kTileBytes)
+      for (int64_t i = 0; i < parts_; ++i, factors += blocks_.count * kTileBytes) {
+        for (int64_t step = 0; step < pace_; ++step) copy.step();
+        before_tile_loads();
+        if constexpr (InTwos) {
+          add_products_of_two(factors, right, inner_ * kTileBytes);
+        } else {
+          add_products<N>(factors, right, inner_ * kTileBytes);
+        }
       }
+    copy_ = copy;
+    __m512 base[2] = {};
+    if (p_.base) load_wide(static_cast<const Bf16*>(p_.base) + begin, width, base[0], base[1]);
     _tile_stored(0, sums_, 64);
     _tile_stored(1, sums_ + kTileBytes, 64);
-    store(block, begin, width);
+    store(block, begin, width, base);
     if constexpr (N > 1) {
       _tile_stored(2, sums_, 64);
       _tile_stored(3, sums_ + kTileBytes, 64);
-      store(block + 1, begin, width);
+      store(block + 1, begin, width, base);
     }
     if constexpr (N > 2) {
       _tile_stored(4, sums_, 64);
       _tile_stored(5, sums_ + kTileBytes, 64);
-      store(block + 2, begin, width);
+      store(block + 2, begin, width, base);
     }
   }
 
-  void store(int64_t block, int64_t begin, int64_t width) const {
+  void store(int64_t block, int64_t begin, int64_t width, const __m512 (&base)[2]) const {
     const int64_t stride = around_ ? kRunColumns : p_.reads_stride;
     Bf16* to = (around_ ? runs_ + run_ : static_cast<Bf16*>(p_.reads) + begin) + blocks_.begin(block) * stride;
     for (int64_t row = 0; row < blocks_.rows; ++row, to += stride) {
       const char* from = sums_ + row * 64;
-      store_32(to, narrow(_mm512_load_ps(from), _mm512_load_ps(from + kTileBytes)), width);
+      const __m512 low = _mm512_add_ps(_mm512_load_ps(from), base[0]);
+      store_32(to, narrow(low, _mm512_add_ps(_mm512_load_ps(from + kTileBytes), base[1])), width);
     }
   }
 
@@ -190,9 +255,11 @@ class Read {
   const ReadParams& p_;
   const EqualBlocks blocks_;  // of readers
   const int64_t inner_, parts_;
-  const int64_t lines_per_product_;  // fetched ahead
-  int64_t panel_ = 2 * kInner;       // columns
-  char *left_, *right_, *sums_;
+  const bool in_twos_;          // blocks
+  const int64_t pace_;          // pairs copied per product
+  int64_t panel_ = 2 * kInner;  // columns
+  char *left_, *right_, *other_, *sums_;
+  PairCopy copy_;    // of the next panel
   Bf16* runs_;       // reads on their way around the cache, [readers, kRunColumns]
   int64_t run_ = 0;  // columns there
   const bool around_ = p_.columns % kInner == 0 &&

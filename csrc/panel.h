@@ -9,13 +9,13 @@ namespace FC_ISA {
 // The tiles of a panel in an order that memory likes: kTogether rows side by side, then the rows below them, then the
 // panel to the right. Going down all rows for every tile instead would look up a page for each, and rows that lie a
 // large power of two apart share one set of the processor's tables, and of its caches, where they drive each other out.
-template <class S>
+template <class S, int64_t kColumns = kTile<typename Traits<S>::Accumulate>>
 struct PanelWalk {
-  static constexpr int64_t kColumns = kTile<typename Traits<S>::Accumulate>;
   static constexpr int64_t kTogether = Prefetch::kTogether;
 
   const S* at;
   int64_t stride, rows, tiles;
+  int64_t pitch = rows;  // from a tile's copy to that of the next one, in rows
   int64_t group = rows < kTogether ? rows : kTogether, in_group = group, tiles_left = tiles, rows_left = rows;
 
   // Goes to the next tile; returns how far from this one's place among the copies its own is.
@@ -23,8 +23,8 @@ struct PanelWalk {
     at += stride;
     if (__builtin_expect(--in_group != 0, 1)) return kColumns;
     at += kColumns - group * stride, in_group = group;
-    if (__builtin_expect(--tiles_left != 0, 1)) return (rows - group + 1) * kColumns;
-    const int64_t next = (1 - (tiles - 1) * rows) * kColumns;
+    if (__builtin_expect(--tiles_left != 0, 1)) return (pitch - group + 1) * kColumns;
+    const int64_t next = (1 - (tiles - 1) * pitch) * kColumns;
     at += group * stride - tiles * kColumns, tiles_left = tiles, rows_left -= group;
     if (__builtin_expect(rows_left == 0, 0)) at += tiles * kColumns - rows * stride, rows_left = rows;
     in_group = group = rows_left < kTogether ? rows_left : kTogether;
