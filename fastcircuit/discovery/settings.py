@@ -10,6 +10,8 @@ from fastcircuit.evaluation.reference import OUTPUT_BIAS
 
 SCHEDULES = ("linear", "logarithmic")
 SPARSITY_ESTIMATES = ("expected", "sampled")
+# A start that knows an order of the edges is lost within a few steps of the usual size.
+_WARM_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Settings:
             code still counts when it clips.
         initial_log_alpha: where every log-alpha starts.
         warm_start: an attribution (``eap-ig``, ...) whose ranking the log-alphas of edges start from instead; the edge
-            target then starts at the sparsity of that start. None: from nothing.
+            target then starts at the sparsity of that start, and :meth:`changed` lowers the learning rate. None: from
+            nothing.
         sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
         weight_decay: of AdamW, on log-alphas and multipliers.
@@ -96,7 +99,8 @@ class Settings:
     def changed(self, changes: dict[str, Any]) -> "Settings":
         """These settings with some changed by name; InputError for a name there is not.
 
-        With another number of steps and nothing said about the warm-ups, those keep their share of the run.
+        With another number of steps and nothing said about the warm-ups, those keep their share of the run; with a
+        warm start and nothing said about the learning rate of the log-alphas, that is a tenth of what it was.
         """
         known = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(changes) - set(known))
@@ -105,6 +109,8 @@ class Settings:
         if "steps" in changes and changes["steps"] > 0:
             for name in ("learning_rate_warmup", "sparsity_warmup"):
                 changes = {name: round(getattr(self, name) * changes["steps"] / self.steps), **changes}
+        if changes.get("warm_start") is not None and self.warm_start is None:
+            changes = {"learning_rate": _WARM_RATE * self.learning_rate, **changes}
         return dataclasses.replace(self, **changes)
 
     def rate_factor(self, step: int) -> float:

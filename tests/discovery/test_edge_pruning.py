@@ -14,7 +14,7 @@ from fastcircuit.discovery.parameters import warm_density
 from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import InputError, RunError
-from fastcircuit.evaluation.faithfulness import mean_kl
+from fastcircuit.evaluation.faithfulness import evaluate, mean_kl
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
 from fastcircuit.masks import Masks, probability_of_zero
@@ -339,6 +339,22 @@ def test_changing_the_steps_scales_the_warm_ups():
     assert (settings.learning_rate_warmup, settings.sparsity_warmup) == (5, 40)
     kept = Settings(steps=100, learning_rate_warmup=10).changed({"steps": 50, "learning_rate_warmup": 7})
     assert kept.learning_rate_warmup == 7
+
+
+def test_a_warm_start_learns_a_tenth_as_fast_unless_told_otherwise():
+    assert Settings().changed({"warm_start": "eap"}).learning_rate == pytest.approx(0.1 * Settings().learning_rate)
+    assert Settings().changed({"warm_start": "eap", "learning_rate": 0.7}).learning_rate == 0.7
+    assert Settings(warm_start="eap").changed({"warm_start": "eap-ig"}).learning_rate == Settings().learning_rate
+    assert Settings().changed({"warm_start": None}).learning_rate == Settings().learning_rate
+
+
+def test_a_warm_start_is_ahead_after_a_few_steps():
+    model, task = load_model("stories260K"), load_task("pronoun-212", load_tokenizer("stories260K"))
+    cold, warm = (
+        discover(model, task, edges=170, steps=40, refine=False, warm_start=start).circuit for start in (None, "eap")
+    )
+    reached = [evaluate(model, circuit, task)["kl"] for circuit in (cold, warm)]
+    assert reached[1] < 0.5 * reached[0]
 
 
 def test_restricted_answers_train_on_those_tokens_only(model):
