@@ -99,7 +99,8 @@ def discover(
             ones that do, less, one by one, all that are not needed (see ``refine.py``). The run aims at 0.95.
         settings: hyperparameters, :class:`BaselineSettings` for any method but Edge Pruning; ``changes`` are changes to
             them (``steps=500``, ``threshold=0.01``, ``nodes=20``).
-        checkpoint: file that Edge Pruning writes during the run; with ``resume`` the run is taken up from it.
+        checkpoint: file that Edge Pruning writes during the run; with ``resume`` the run is taken up from it, otherwise
+            what it holds is removed when the run starts.
         on_report: called every few steps with a :class:`Report`.
         on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
             training KL.
@@ -132,7 +133,7 @@ def discover(
         reference,
         num_edges or model.graph.num_edges,
         settings,
-        {"model": model.about, "graph": dataclasses.asdict(model.graph), "task": task.name, "examples": len(train)},
+        identity_of(model, task),
         ranking,
         execution,
         on_note,
@@ -142,8 +143,24 @@ def discover(
         if path is None:
             raise InputError("resume needs the checkpoint to resume from")
         run.resume(path)
+    elif path is not None:
+        path.unlink(missing_ok=True)  # of an earlier run: should this one fail, it is not what was kept
     run.run(path, on_report=on_report)
     return _finish(run, task, num_edges, kl_budget, on_round)
+
+
+def identity_of(model: MaskedCausalLM, task: Task) -> dict[str, Any]:
+    """What a run is of: a checkpoint is taken up by runs of the same alone."""
+    train = task.split("train")
+    return {
+        "model": model.about,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "graph": dataclasses.asdict(model.graph),
+        "task": task.name,
+        "answer_tokens": task.answer_tokens,
+        "examples": len(train),
+        "training_pairs_hash": train.fingerprint(),
+    }
 
 
 def _warm_ranking(
