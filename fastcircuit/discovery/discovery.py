@@ -92,8 +92,8 @@ def discover(
         method: ``edge-pruning``, ``acdc``, or an attribution: ``eap``, ``eap-ig``, ``eap-ig-activations``,
             ``clean-corrupted``, ``exact``, ``random`` (see ``attribution.py``).
         sparsity: fraction of edges to remove; the circuit keeps exactly ``round((1 - sparsity) * num_edges)``.
-        edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat``, whatever
-            the run arrives at.
+        edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat`` and an
+            ``edge_target`` (published presets have one), whatever the run arrives at.
             ACDC's circuit is as large as its threshold makes it.
         kl_budget: keep as few edges as are found to hold the training KL within this many nats, instead: the surest
             ones that do, less, one by one, all that are not needed (see ``refine.py``). The run aims at 0.95.
@@ -217,6 +217,8 @@ def _edges_wanted(
         return check_num_edges(model.graph, edges)
     if sparsity is None:
         if settings.upstream_compat:
+            if settings.edge_target is None:
+                raise InputError("upstream_compat has no size to aim at; give edges, sparsity, a preset or edge_target")
             return None
         sparsity = DEFAULT_SPARSITY
     return edges_for_sparsity(model.graph, sparsity)

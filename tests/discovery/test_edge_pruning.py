@@ -14,6 +14,7 @@ from fastcircuit.discovery.discovery import identity_of
 from fastcircuit.discovery.edge_pruning import EdgePruning
 from fastcircuit.discovery.joint import joint_pairs, with_pair
 from fastcircuit.discovery.parameters import warm_density
+from fastcircuit.discovery.presets import preset
 from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.discovery.run import Run
@@ -346,6 +347,14 @@ BAD_CALLS = {
     "steps": ({"steps": 0}, "steps is 0"),
     "schedule": ({"schedule": "cubic"}, "accepted: linear, logarithmic"),
     "ablation": ({"ablation": "none"}, "accepted: interchange, mean, zero"),
+    "published without a size": ({"upstream_compat": True}, "no size to aim at; give edges, sparsity, a preset or"),
+    "target of no writer masks": ({"node_masks": False, "node_target": 0.5}, "node_target is 0.5, and there are no"),
+    "preset with such a target": (
+        {"settings": preset("ioi"), "node_masks": False},
+        "silent_node_target is 0.72, and there are no",
+    ),
+    "logarithmic to nothing": ({"schedule": "logarithmic", "edge_target": 1.0}, "edge_target is 1.0; with a log"),
+    "logarithmic writers": ({"schedule": "logarithmic", "node_target": 1.5}, "node_target is 1.5; with a log"),
 }
 
 
@@ -354,6 +363,14 @@ def test_bad_calls(model, case):
     call, message = BAD_CALLS[case]
     with pytest.raises(InputError, match=message):
         discover(model, make_task(), **call)
+
+
+@pytest.mark.parametrize("size", [{}, {"edges": 1}])
+def test_a_logarithmic_schedule_aims_below_1_at_any_size(model, size):
+    found = discover(model, make_task(), settings=QUICK, schedule="logarithmic", **size)
+    targets = found.history[:, found.columns.index("edge_target")]
+    assert targets.diff().min() >= 0
+    assert targets[-1] == 1 - found.circuit.num_edges / model.graph.num_edges
 
 
 def test_changing_the_steps_scales_the_warm_ups():
