@@ -21,6 +21,7 @@ from fastcircuit.cli.options import (
     TaskName,
 )
 from fastcircuit.cli.sources import check_source, load_model, load_task
+from fastcircuit.errors import InputError
 
 
 def discover(
@@ -57,10 +58,17 @@ def discover(
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published hyperparameters of an experiment, e.g. ioi.")] = None,
     upstream_compat: Annotated[
-        bool, typer.Option("--upstream-compat", help="Reproduce the published code's numerics, quirks included.")
+        bool,
+        typer.Option(
+            "--upstream-compat",
+            help="Reproduce the published code's numerics, quirks included; needs a size or a preset.",
+        ),
     ] = False,
     ablation: Annotated[
-        str | None, typer.Option(help="What a removed edge carries: interchange, mean or zero.")
+        str | None,
+        typer.Option(
+            help="What a removed edge carries: interchange, mean or zero. Default: the preset's, or interchange."
+        ),
     ] = None,
     embedding_nodes: Nodes = EmbeddingNodes.split,
     seed: Seed = 0,
@@ -90,10 +98,13 @@ def discover(
     given |= {"threshold": threshold, "loss": loss, "ablation": ablation, "seed": seed}
     given["upstream_compat"] = upstream_compat or None
     settings = settings_for(method, preset, {name: value for name, value in given.items() if value is not None})
+    if method != "edge-pruning":
+        only = {"--dry-run": dry_run, "--tensorboard": tensorboard, "--step": step != "auto"}
+        _refuse(method, {**only, "--micro-batch": micro_batch is not None})
     check_source(task, data)
     execution = Execution(step, micro_batch)
     if dry_run:
-        _show_plan(model, task, data, settings, seed, device, dtype, embedding_nodes, as_json)
+        _show_plan(model, task, data, settings, execution, seed, device, dtype, embedding_nodes, as_json)
         return
     where = out or Path("runs") / f"{Path(model).name}-{data.stem if data else task}"
     run = Run(where, resume=resume, overwrite=overwrite, tensorboard=tensorboard)
@@ -131,11 +142,18 @@ def discover(
         stdout.print("wrote " + ", ".join(files), soft_wrap=True)
 
 
+def _refuse(method: str, given: dict[str, bool]) -> None:
+    """InputError when an option of Edge Pruning was given with another method."""
+    for option in (option for option, was_given in given.items() if was_given):
+        raise InputError(f"{option} is for edge-pruning, which takes steps; with method {method} leave it out")
+
+
 def _show_plan(
     model: str,
     task: str | None,
     data: Path | None,
     settings: Any,
+    execution: Any,
     seed: int,
     device: Device,
     dtype: Dtype,
@@ -153,7 +171,7 @@ def _show_plan(
     masked = shapes_of_model(model, dtype.value, embedding_nodes.value)
     pairs = load_task(model, masked, task, data, seed)
     choices = None if pairs.answer_tokens is None else len(pairs.answer_tokens)
-    found = plan(masked, pairs.split("train"), settings, place, choices).to_dict()
+    found = plan(masked, pairs.split("train"), settings, place, choices, execution=execution).to_dict()
     if as_json:
         print_json({"plan": found})
     else:

@@ -51,9 +51,12 @@ def sweep(
     steps: Annotated[int | None, typer.Option(help="Optimisation steps of edge-pruning.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step of edge-pruning.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published hyperparameters of edge-pruning, e.g. ioi.")] = None,
-    ablation: Annotated[str, typer.Option(help="What a removed edge carries: interchange, mean or zero.")] = (
-        "interchange"
-    ),
+    ablation: Annotated[
+        str | None,
+        typer.Option(
+            help="What a removed edge carries: interchange, mean or zero. Default: the preset's, or interchange."
+        ),
+    ] = None,
     train_size: Annotated[
         int | None, typer.Option(help="Pairs to find circuits on. Default: the task's.", show_default=False)
     ] = None,
@@ -87,7 +90,8 @@ def sweep(
     from fastcircuit.sweep.tables import circuit_rows, summary, write_tables
 
     check_source(task, data)
-    changes = {name: value for name, value in (("steps", steps), ("batch_size", batch_size)) if value is not None}
+    given = {"steps": steps, "batch_size": batch_size, "ablation": ablation}
+    changes = {name: value for name, value in given.items() if value is not None}
     plan = Plan(
         model=model,
         task=task or str(data),
@@ -96,10 +100,11 @@ def sweep(
         thresholds=tuple(_listed(thresholds, float, "thresholds")),
         seeds=tuple(_listed(seeds, int, "seeds")),
         settings=(preset_settings(preset) if preset else Settings()).changed(changes),
-        ablation=ablation,  # type: ignore[arg-type]
         split=split,
         train_size=train_size,
         test_size=test_size,
+        dtype=dtype.value,
+        embedding_nodes=embedding_nodes.value,
     )
     check_plan(plan, out)
     check_writable(out)

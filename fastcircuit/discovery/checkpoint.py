@@ -46,7 +46,7 @@ def load_checkpoint(
         if found.get(name) != json.loads(json.dumps(about.get(name))):
             raise InputError(
                 f"checkpoint {path} is of another run: its {name} is {found.get(name)!r}, "
-                f"this run's is {about.get(name)!r}; repeat the run's own settings or choose another --out"
+                f"this run's is {about.get(name)!r}; repeat its model, pairs and settings, or choose another --out"
             )
     try:
         with torch.no_grad():

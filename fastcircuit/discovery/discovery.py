@@ -92,14 +92,15 @@ def discover(
         method: ``edge-pruning``, ``acdc``, or an attribution: ``eap``, ``eap-ig``, ``eap-ig-activations``,
             ``clean-corrupted``, ``exact``, ``random`` (see ``attribution.py``).
         sparsity: fraction of edges to remove; the circuit keeps exactly ``round((1 - sparsity) * num_edges)``.
-        edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat``, whatever
-            the run arrives at.
+        edges: number of edges to keep instead. With neither, sparsity is 0.95, or, with ``upstream_compat`` and an
+            ``edge_target`` (published presets have one), whatever the run arrives at.
             ACDC's circuit is as large as its threshold makes it.
         kl_budget: keep as few edges as are found to hold the training KL within this many nats, instead: the surest
             ones that do, less, one by one, all that are not needed (see ``refine.py``). The run aims at 0.95.
         settings: hyperparameters, :class:`BaselineSettings` for any method but Edge Pruning; ``changes`` are changes to
             them (``steps=500``, ``threshold=0.01``, ``nodes=20``).
-        checkpoint: file that Edge Pruning writes during the run; with ``resume`` the run is taken up from it.
+        checkpoint: file that Edge Pruning writes during the run; with ``resume`` the run is taken up from it, otherwise
+            what it holds is removed when the run starts.
         on_report: called every few steps with a :class:`Report`.
         on_round: called after every round of refinement with the stage, its rounds done, the most there are, and the
             training KL.
@@ -132,7 +133,7 @@ def discover(
         reference,
         num_edges or model.graph.num_edges,
         settings,
-        {"model": model.about, "graph": dataclasses.asdict(model.graph), "task": task.name, "examples": len(train)},
+        identity_of(model, task),
         ranking,
         execution,
         on_note,
@@ -142,8 +143,24 @@ def discover(
         if path is None:
             raise InputError("resume needs the checkpoint to resume from")
         run.resume(path)
+    elif path is not None:
+        path.unlink(missing_ok=True)  # of an earlier run: should this one fail, it is not what was kept
     run.run(path, on_report=on_report)
     return _finish(run, task, num_edges, kl_budget, on_round)
+
+
+def identity_of(model: MaskedCausalLM, task: Task) -> dict[str, Any]:
+    """What a run is of: a checkpoint is taken up by runs of the same alone."""
+    train = task.split("train")
+    return {
+        "model": model.about,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "graph": dataclasses.asdict(model.graph),
+        "task": task.name,
+        "answer_tokens": task.answer_tokens,
+        "examples": len(train),
+        "training_pairs_hash": train.fingerprint(),
+    }
 
 
 def _warm_ranking(
@@ -200,6 +217,8 @@ def _edges_wanted(
         return check_num_edges(model.graph, edges)
     if sparsity is None:
         if settings.upstream_compat:
+            if settings.edge_target is None:
+                raise InputError("upstream_compat has no size to aim at; give edges, sparsity, a preset or edge_target")
             return None
         sparsity = DEFAULT_SPARSITY
     return edges_for_sparsity(model.graph, sparsity)

@@ -122,7 +122,7 @@ class EdgePruning:
                 if checkpoint is not None and (last or interrupt.asked or self.step_number % checkpoint_every == 0):
                     self._flush(checkpoint)
                     self.save(checkpoint)
-                if interrupt.asked and not last:
+                if interrupt.asked:
                     kept = f"resume from {checkpoint}" if checkpoint else "nothing was saved"
                     raise RunError(f"interrupted after step {self.step_number} of {self.settings.steps}; {kept}")
 

@@ -32,13 +32,15 @@ _OVERSHOOT, _DENSE = 0.15, 0.075
 _WARM_SURPLUS, _WARM_DENSITY = 4.0, 0.1
 
 
-def default_edge_target(density: float) -> float:
+def default_edge_target(density: float, schedule: str = "linear") -> float:
     """Sparsity target with which a run ends near a circuit that keeps ``density`` of the edges.
 
     ``1 - density``, plus ``0.15 ln(0.075 / density)`` below a density of 7.5 %: sparser runs lag behind their target,
     which is why the published ones aim above 1. The slope was measured on stories260K; the circuit's size does not
-    depend on it.
+    depend on it. A ``logarithmic`` schedule cannot reach 1, so that it aims at ``1 - density`` itself.
     """
+    if schedule == "logarithmic":
+        return 1 - density
     return 1 - density + max(0.0, _OVERSHOOT * math.log(_DENSE / density))
 
 
@@ -134,7 +136,7 @@ class MaskParameters(nn.Module):
         """The edge and the writer sparsity aimed at in ``step``; without a writer target that is 0, and not used."""
         settings, goal = self.settings, self.settings.edge_target
         if goal is None:
-            goal = default_edge_target(self.num_edges / self.graph.num_edges)
+            goal = default_edge_target(self.num_edges / self.graph.num_edges, settings.schedule)
         nodes = 0.0 if settings.node_target is None else settings.node_target
         warmup = settings.sparsity_warmup
         start = min(self.first_target, goal)

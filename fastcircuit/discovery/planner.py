@@ -17,6 +17,7 @@ from fastcircuit.discovery.buckets import Bucket
 from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.live_bytes import LiveBytes
 from fastcircuit.discovery.settings import Settings
+from fastcircuit.discovery.static_step import reasons_against
 from fastcircuit.errors import RunError
 from fastcircuit.evaluation.cache import Budgets, available_host_memory
 from fastcircuit.evaluation.metrics import kl_divergence
@@ -25,6 +26,7 @@ from fastcircuit.models.loading import quiet
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import SHORT, FixedPacking
 from fastcircuit.models.states import States
+from fastcircuit.models.stream import recomputes_by_size
 from fastcircuit.ops import triton
 from fastcircuit.ops.backends import missing_reason
 from fastcircuit.tasks.task import Examples
@@ -82,6 +84,7 @@ def plan(
     answer_tokens: int | None = None,
     budgets: Budgets | None = None,
     free: int | None = None,
+    execution: Execution | None = None,
 ) -> Plan:
     """The plan for a run on ``device``: whole batches with kept blocks if they fit, else what costs least time.
 
@@ -92,8 +95,15 @@ def plan(
         model: on any device; on meta only its shapes are there, and its weights still have to find room.
         answer_tokens: how many tokens the distributions are restricted to; None: the vocabulary.
         free: bytes that can be allocated on the device; None: what it says.
+        execution: with a micro-batch or recomputation that was said, nothing is chosen: what that needs is found.
+
+    Raises:
+        InputError: the execution's kind of step cannot be (see :meth:`Execution.choose_step`).
     """
-    planner = _Planner(model, examples, settings, device, answer_tokens, budgets or Budgets.default(device), free)
+    execution, budgets = execution or Execution(), budgets or Budgets.default(device)
+    planner = _Planner(model, examples, settings, device, answer_tokens, budgets, free, execution)
+    if execution.micro_batch is not None or execution.recompute is not None:
+        return planner.as_said(execution)
     sizes = [settings.batch_size]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -125,7 +135,7 @@ def planned(
         reads = model.graph.num_readers * tokens * model.config.hidden_size * model.dtype.itemsize
         if _SMALL * reads < (available_host_memory() or math.inf):
             return execution
-    found = plan(model, examples, settings, model.device, answer_tokens)
+    found = plan(model, examples, settings, model.device, answer_tokens, execution=execution)
     if on_note is not None and found.micro_batch < settings.batch_size:
         on_note(f"memory: {found.micro_batch} of {settings.batch_size} examples at a time (--dry-run shows the plan)")
     return dataclasses.replace(execution, micro_batch=found.micro_batch, recompute=found.recompute)
@@ -151,10 +161,12 @@ class _Planner:
         answer_tokens: int | None,
         budgets: Budgets,
         free: int | None,
+        execution: Execution,
     ) -> None:
         self.model, self.settings, self.device = meta_twin(model), settings, device
         self.lengths, _ = examples.attention_mask.sum(1).sort(descending=True)
         self.counts, _ = examples.answer_mask.sum(1).sort(descending=True)
+        self.fixed = execution.choose_step(device, reasons_against(model, settings)) != "dynamic"
         self.vocabulary = answer_tokens or model.config.vocab_size
         loaded = model.device == device
         self.free = free_memory(device) if free is None else free
@@ -169,8 +181,16 @@ class _Planner:
     def recomputing(self, micro_batch: int) -> Plan:
         return self._plan(micro_batch, recompute=True)
 
-    def _plan(self, micro_batch: int, recompute: bool) -> Plan:
-        bucket = largest_bucket(self.lengths, self.counts, micro_batch, fixed=self.device.type == "cuda")
+    def as_said(self, execution: Execution) -> Plan:
+        """The plan without a choice: a run does what was said, and decides by size what was not."""
+        size = self.settings.batch_size
+        return self._plan(min(execution.micro_batch or size, size), execution.recompute)
+
+    def _plan(self, micro_batch: int, recompute: bool | None) -> Plan:
+        bucket = largest_bucket(self.lengths, self.counts, micro_batch, self.fixed)
+        if recompute is None:
+            read = bucket.tokens * self.model.config.hidden_size * self.model.dtype.itemsize
+            recompute = recomputes_by_size(self.model.graph, read)
         step = step_bytes(self.model, bucket, recompute, self.vocabulary, self.settings, self.device)
         sizes = (self.weights, self.cache, self.learned, step, self.free)
         return Plan(str(self.device), micro_batch, recompute, bucket.tokens, *sizes)

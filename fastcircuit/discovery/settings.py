@@ -26,9 +26,9 @@ class Settings:
         learning_rate_warmup: steps over which both rise linearly from 0; then they fall linearly to 0.
         sparsity_warmup: steps over which the targets rise to their final values.
         schedule: of the targets, ``linear`` or ``logarithmic``.
-        edge_target: final edge-sparsity target (may exceed 1); None: one that suits the size asked for.
+        edge_target: final edge-sparsity target (may exceed 1 when linear); None: one that suits the size asked for.
         node_masks: learn a mask per writer as well, as published; an edge is on when both are.
-        node_target: final writer-sparsity target; None: no such term.
+        node_target: final writer-sparsity target, which needs node_masks; None: no such term.
         silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published
             code still counts when it clips.
         initial_log_alpha: where every log-alpha starts.
@@ -95,6 +95,19 @@ class Settings:
         ):
             if getattr(self, name) not in accepted:
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        for name in ("edge_target", "node_target", "silent_node_target"):
+            target = getattr(self, name)
+            if target is None:
+                continue
+            if name != "edge_target" and not self.node_masks:
+                raise InputError(
+                    f"{name} is {target}, and there are no masks of writers; leave it out or set node_masks"
+                )
+            if self.schedule == "logarithmic" and not target < 1:
+                raise InputError(f"{name} is {target}; with a logarithmic schedule it must be below 1, or use linear")
 
     def changed(self, changes: dict[str, Any]) -> "Settings":
         """These settings with some changed by name; InputError for a name there is not.

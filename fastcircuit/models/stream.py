@@ -34,6 +34,11 @@ KEEP_BYTES = 2**30
 TOGETHER_BYTES = 2**30
 
 
+def recomputes_by_size(graph: Graph, read_bytes: int) -> bool:
+    """Whether blocks are recomputed in backward when it was not said; ``read_bytes`` are those of a reader's input."""
+    return graph.num_readers * read_bytes > KEEP_BYTES
+
+
 @dataclass
 class MaskedRun:
     """One masked forward pass over T packed tokens, and what its backward needs.
@@ -85,8 +90,7 @@ class MaskedRun:
         """Whether blocks are recomputed in backward; decided by the size of all readers' inputs unless it was said."""
         if self.recompute is not None:
             return self.recompute
-        reads = self.graph.num_readers * self.embeds[0].numel() * self.embeds.element_size()
-        return reads > KEEP_BYTES
+        return recomputes_by_size(self.graph, self.embeds[0].numel() * self.embeds.element_size())
 
     def forward(self, mask: Tensor, keep_graphs: bool) -> Tensor:
         on = (mask != 0).cpu().numpy() if self.skip_zeros and not self.on_device else None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastcircuit.circuit import ABLATIONS, Ablation
+from fastcircuit.circuit import Ablation
 from fastcircuit.discovery import attribution
 from fastcircuit.discovery.acdc import check_threshold
 from fastcircuit.discovery.discovery import METHODS as CIRCUIT_METHODS
@@ -59,10 +59,10 @@ class Plan:
         sparsities: fractions of edges to remove, for the methods that take a size.
         thresholds: of ACDC, nats.
         seeds: each decides its task's pairs and splits, and everything random in the method.
-        settings: Edge Pruning's.
-        ablation: what a removed edge carries.
+        settings: Edge Pruning's; their ablation, what a removed edge carries, is that of every method.
         split: what is measured on.
         train_size, test_size: pairs of these splits; None: the task's own numbers.
+        dtype, embedding_nodes: the model was loaded with, for the record.
 
     Raises:
         InputError: nothing to run, an unknown method, a sparsity or threshold out of range.
@@ -75,10 +75,11 @@ class Plan:
     thresholds: tuple[float, ...] = THRESHOLDS
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Settings = dataclasses.field(default_factory=Settings)
-    ablation: Ablation = "interchange"
     split: str = "test"
     train_size: int | None = None
     test_size: int | None = None
+    dtype: str = "float32"
+    embedding_nodes: str = "split"
 
     def __post_init__(self) -> None:
         for name in ("methods", "seeds", "sparsities", "thresholds"):
@@ -97,8 +98,6 @@ class Plan:
                 raise InputError(f"sparsity is {sparsity}; it must be in [0, 1), the fraction of edges that is removed")
         for threshold in self.thresholds:
             check_threshold(threshold)
-        if self.ablation not in ABLATIONS:
-            raise InputError(f"ablation is {self.ablation!r}; accepted: {', '.join(ABLATIONS)}")
 
     def jobs(self, graph: Graph) -> Iterator[Job]:
         """Its runs, method by method, seed by seed."""
@@ -113,6 +112,11 @@ class Plan:
                     yield from (Job(method, seed, size) for size in sizes)
 
     @property
+    def ablation(self) -> Ablation:
+        """What a removed edge carries."""
+        return self.settings.ablation
+
+    @property
     def sizes(self) -> dict[str, int]:
         """For :func:`fastcircuit.tasks.load_task`."""
         given = {"train": self.train_size, "test": self.test_size}
@@ -120,8 +124,8 @@ class Plan:
 
     def fixed(self) -> dict[str, Any]:
         """What all runs in one directory share, as JSON would have it: all but methods, sizes and seeds."""
-        settings = {key: value for key, value in self.settings.to_dict().items() if key not in ("seed", "ablation")}
-        named = ("model", "task", "ablation", "split", "train_size", "test_size")
+        settings = {key: value for key, value in self.settings.to_dict().items() if key != "seed"}
+        named = ("model", "task", "split", "train_size", "test_size", "dtype", "embedding_nodes")
         return {**{name: getattr(self, name) for name in named}, **settings}
 
 

@@ -1,5 +1,6 @@
 """What a task is: pairs of a clean and a corrupted prompt, the right and the wrong next tokens, in splits."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -88,6 +89,13 @@ class Examples:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def fingerprint(self) -> str:
+        """A hash of everything the rows hold, 16 hexadecimal digits: the same for the same pairs in the same order."""
+        digest = hashlib.sha256(str(list(self.input_ids.shape)).encode())
+        for field in fields(self):
+            digest.update(getattr(self, field.name).contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[Pair], vocab_size: int | None = None, name: str = "split") -> "Examples":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import fastcircuit
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import RunError
-from tests.cli.calls import QUICK
+from tests.cli.calls import QUICK, pairs, write_pairs
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -199,6 +199,10 @@ def test_other_methods(shelf, run, method):
         (["--method", "eap"], "use loss nll"),
         (["--warm-start", "magic"], "attribution methods are eap"),
         (["--nodes", "3"], "no setting 'nodes'"),
+        (["--method", "eap", "--dry-run"], "--dry-run is for edge-pruning, which takes steps; with method eap leave"),
+        (["--method", "acdc", "--micro-batch", "2"], "--micro-batch is for edge-pruning"),
+        (["--method", "random", "--step", "fixed"], "--step is for edge-pruning"),
+        (["--method", "eap-ig", "--tensorboard"], "--tensorboard is for edge-pruning"),
     ],
 )
 def test_options_that_do_not_fit_a_method(shelf, run, options, message):
@@ -231,6 +235,29 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(shelf, run, answer):
     assert code == 0
     assert "4 examples at a time" in out
     assert os.listdir() == []
+
+
+def test_a_dry_run_is_of_the_step_and_micro_batch_that_were_asked_for(shelf, answer, refuses):
+    write_pairs("pairs.jsonl", of_many_lengths(pairs()))
+    arguments = ["discover", shelf / "gpt2", "--data", "pairs.jsonl", "--batch-size", "4", "--dry-run"]
+    whole, part, fixed, more = (
+        answer(*arguments, *options)["plan"]
+        for options in ([], ["--micro-batch", "3"], ["--step", "fixed", "--micro-batch", "3"], ["--micro-batch", "9"])
+    )
+    assert (part["micro_batch"], part["recompute"]) == (3, False)
+    assert part["tokens"] < whole["tokens"]
+    assert part["step"] < whole["step"]
+    assert part["tokens"] % 16 > fixed["tokens"] % 16 == 0  # rounded up to the shape of a fixed step
+    assert {**more, "free": whole["free"]} == whole
+    refuses(
+        "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --dry-run --step graph --device cpu", "needs a CUDA device"
+    )
+
+
+def of_many_lengths(rows):
+    """The pairs, two of each length."""
+    for number, row in enumerate(rows):
+        yield {side: text.replace(" .", " barking" * (number // 2) + " .") for side, text in row.items()}
 
 
 def test_micro_batches_find_the_same_circuit(shelf, run):

@@ -1,6 +1,8 @@
 """Edge Pruning runs: exact sizes, determinism, resuming, failures."""
 
 import dataclasses
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,11 +10,14 @@ import torch
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
+from fastcircuit.discovery.discovery import identity_of
 from fastcircuit.discovery.edge_pruning import EdgePruning
 from fastcircuit.discovery.joint import joint_pairs, with_pair
 from fastcircuit.discovery.parameters import warm_density
+from fastcircuit.discovery.presets import preset
 from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
+from fastcircuit.discovery.run import Run
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.faithfulness import evaluate, mean_kl
 from fastcircuit.evaluation.reference import Reference
@@ -80,7 +85,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(model):
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(model, tmp_path):
     task, checkpoint = make_task(), tmp_path / "checkpoint.safetensors"
     whole = discover(model, task, edges=40, settings=QUICK)
-    run = EdgePruning(Reference(model, task.split("train")), 40, QUICK, _identity(model, task))
+    run = EdgePruning(Reference(model, task.split("train")), 40, QUICK, identity_of(model, task))
     for _ in range(11):
         run.step()
     run._flush(None)
@@ -91,28 +96,34 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(model, tmp_path):
     assert whole.circuit == resumed.circuit
 
 
-def _identity(model, task):
-    return {
-        "model": model.about,
-        "graph": dataclasses.asdict(model.graph),
-        "task": task.name,
-        "examples": len(task.split("train")),
-    }
-
-
 def test_an_interrupt_finishes_the_step_and_keeps_a_checkpoint(model, tmp_path):
-    import os
-    import signal
-
     checkpoint = tmp_path / "checkpoint.safetensors"
 
-    def interrupt(report):
-        os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(RunError, match=r"interrupted after step 10 of 24; resume from .*checkpoint.safetensors"):
-        discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, on_report=interrupt)
+        discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, on_report=interrupt_at(9))
     resumed = discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, resume=True)
     assert torch.equal(resumed.masks.edge, discover(model, make_task(), edges=40, settings=QUICK).masks.edge)
+
+
+def interrupt_at(step):
+    """An ``on_report`` that presses Ctrl-C at a step."""
+
+    def on_report(report):
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_report
+
+
+def test_an_interrupt_in_the_last_step_stops_before_refinement(model, tmp_path):
+    checkpoint, rounds = tmp_path / "checkpoint.safetensors", []
+    kwargs = {"edges": 40, "settings": QUICK, "checkpoint": checkpoint, "on_round": lambda *round: rounds.append(round)}
+    with pytest.raises(RunError, match=r"interrupted after step 24 of 24; resume from .*checkpoint.safetensors"):
+        discover(model, make_task(), **kwargs, on_report=interrupt_at(23))
+    assert not rounds
+    resumed = discover(model, make_task(), **kwargs, resume=True)
+    assert rounds
+    assert resumed.circuit == discover(model, make_task(), edges=40, settings=QUICK).circuit
 
 
 def test_a_checkpoint_of_another_run_is_refused(model, tmp_path):
@@ -120,6 +131,29 @@ def test_a_checkpoint_of_another_run_is_refused(model, tmp_path):
     discover(model, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint)
     with pytest.raises(InputError, match="another run: its num_edges is 40"):
         discover(model, make_task(), edges=41, settings=QUICK, checkpoint=checkpoint, resume=True)
+    other = MaskedCausalLM(tiny_model("llama", torch.float64))
+    with pytest.raises(InputError, match="its dtype is 'float32', this run's is 'float64'"):
+        discover(other, make_task(), edges=40, settings=QUICK, checkpoint=checkpoint, resume=True)
+    for part in ("input_ids", "corrupted_input_ids", "answers"):
+        task = make_task()
+        row = getattr(task.split("train"), part)[3]
+        row[1] = (row[1] + 1) % 41
+        with pytest.raises(InputError, match=r"its training_pairs_hash is '[0-9a-f]{16}', this run's is '"):
+            discover(model, task, edges=40, settings=QUICK, checkpoint=checkpoint, resume=True)
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run_to_resume_from(model, tmp_path):
+    with pytest.raises(RunError, match="interrupted after step 10"):
+        Run(tmp_path).discover(model, make_task(), "edge-pruning", QUICK, on_report=interrupt_at(9))
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    before = checkpoint.read_bytes()
+    with pytest.raises(InputError, match="sparsity is 2"):
+        Run(tmp_path, overwrite=True).discover(model, make_task(), "edge-pruning", QUICK, sparsity=2)
+    assert checkpoint.read_bytes() == before  # nothing was started
+    broken = dataclasses.replace(QUICK, learning_rate=float("inf"))
+    with pytest.raises(RunError, match="nothing was saved"):
+        Run(tmp_path, overwrite=True).discover(model, make_task(), "edge-pruning", broken)
+    assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "garbage", "missing"])
@@ -324,6 +358,14 @@ BAD_CALLS = {
     "steps": ({"steps": 0}, "steps is 0"),
     "schedule": ({"schedule": "cubic"}, "accepted: linear, logarithmic"),
     "ablation": ({"ablation": "none"}, "accepted: interchange, mean, zero"),
+    "published without a size": ({"upstream_compat": True}, "no size to aim at; give edges, sparsity, a preset or"),
+    "target of no writer masks": ({"node_masks": False, "node_target": 0.5}, "node_target is 0.5, and there are no"),
+    "preset with such a target": (
+        {"settings": preset("ioi"), "node_masks": False},
+        "silent_node_target is 0.72, and there are no",
+    ),
+    "logarithmic to nothing": ({"schedule": "logarithmic", "edge_target": 1.0}, "edge_target is 1.0; with a log"),
+    "logarithmic writers": ({"schedule": "logarithmic", "node_target": 1.5}, "node_target is 1.5; with a log"),
 }
 
 
@@ -332,6 +374,14 @@ def test_bad_calls(model, case):
     call, message = BAD_CALLS[case]
     with pytest.raises(InputError, match=message):
         discover(model, make_task(), **call)
+
+
+@pytest.mark.parametrize("size", [{}, {"edges": 1}])
+def test_a_logarithmic_schedule_aims_below_1_at_any_size(model, size):
+    found = discover(model, make_task(), settings=QUICK, schedule="logarithmic", **size)
+    targets = found.history[:, found.columns.index("edge_target")]
+    assert targets.diff().min() >= 0
+    assert targets[-1] == 1 - found.circuit.num_edges / model.graph.num_edges
 
 
 def test_changing_the_steps_scales_the_warm_ups():

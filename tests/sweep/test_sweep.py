@@ -57,7 +57,6 @@ def test_a_plan_names_its_runs():
         ({"seeds": (0, -1)}, "seed is -1; it must be 0 or more"),
         ({"sparsities": (95.0,)}, "sparsity is 95.0"),
         ({"thresholds": (float("nan"),)}, "threshold is nan"),
-        ({"ablation": "noise"}, "ablation is 'noise'"),
     ],
 )
 def test_plans_that_cannot_be_run_are_refused(changes, message):
@@ -103,6 +102,30 @@ def test_a_directory_holds_one_model_and_task(model, tmp_path):
     circuit = Circuit.load(next((tmp_path / "runs").iterdir()))
     assert circuit.provenance["method"] == "random"
     assert set(circuit.metrics["test"]) >= {"kl", "accuracy"}
+
+
+@pytest.mark.parametrize(("options", "ablation"), [([], "zero"), (["--ablation", "mean"], "mean")])
+def test_an_ablation_that_is_not_given_is_the_presets(answer, options, ablation):
+    program = ["tracr-xproportion", "--task", "tracr-xproportion", "--preset", "tracr", "--steps", "3", *options]
+    methods = ["--methods", "edge-pruning,eap-ig,acdc", "--sparsities", "0.9", "--thresholds", "0.1", "--seeds", "0"]
+    answer("sweep", *program, *methods, "--out", "s")
+    circuits = [Circuit.load(path) for path in Path("s/runs").iterdir()]
+    assert [circuit.ablation for circuit in circuits] == 3 * [ablation]
+    answer("discover", *program, "--edges", "7", "--out", "d")
+    assert Circuit.load("d/circuit.json").ablation == ablation
+
+
+def test_a_sweep_goes_on_with_the_same_dtype_and_embedding_nodes_alone(shelf, answer, run):
+    arguments = ["sweep", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--methods", "random", "--seeds", "0"]
+    answer(*arguments, "--sparsities", "0.9", "--out", "s")
+    for option, other, message in (
+        ("--dtype", "float64", "holds a sweep with dtype 'float32', not 'float64'; choose another --out"),
+        ("--embedding-nodes", "joint", "holds a sweep with embedding_nodes 'split', not 'joint'"),
+    ):
+        code, _, err = run(*arguments, "--sparsities", "0.8,0.9", "--out", "s", option, other)
+        assert code == 2
+        assert message in err
+        assert len(list(Path("s/runs").iterdir())) == 1
 
 
 def test_summaries_are_means_over_seeds():
@@ -161,6 +184,7 @@ def test_the_command_writes_tables_and_plots(shelf, finished, answer, run):
         ("--seeds ,", "a sweep needs seeds"),
         ("--truth nothing.json --methods random", "no manual circuit and no file 'nothing.json'"),
         ("--split dev --methods random", "has no split 'dev'"),
+        ("--ablation noise", "ablation is 'noise'; accepted: interchange, mean, zero"),
     ],
 )
 def test_bad_input_is_one_line(refuses, command, message):
