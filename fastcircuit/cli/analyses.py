@@ -47,7 +47,9 @@ class Analyses:
         from fastcircuit.evaluation.truth import Truth, compare_with_truth, truth_roc
 
         found: dict[str, Any] = {}
-        scores = None if self.scores is None else Scores.load(self.scores, circuit.graph, circuit.ablation)
+        scores = None
+        if self.scores is not None:
+            scores = Scores.load(self.scores, circuit.graph, circuit.ablation, circuit.output_bias)
         truth = None if self.truth is None else Truth.load(self.truth, circuit.graph)
         if truth is not None:
             found["truth"] = compare_with_truth(circuit, truth)

@@ -102,7 +102,7 @@ class Run:
                 execution=execution,
             )
         split = "test" if "test" in task.splits else "train"
-        metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}
+        metrics = {split: evaluate(model, found.circuit, task, split)}
         found = dataclasses.replace(found, circuit=dataclasses.replace(found.circuit, metrics=metrics))
         self.files = found.save(self.directory)
         self.checkpoint.unlink(missing_ok=True)

@@ -45,7 +45,7 @@ def completeness(
     check_circuit_fits(model, circuit)
     if not circuit.num_edges or subsets < 0:
         raise InputError(f"completeness needs a circuit with edges and subsets from 0; got {circuit}, {subsets}")
-    reference = task_reference(model, circuit.ablation, task, split)
+    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias)
     question = Question.of(reference, task)
     name = performance_metric(question).name if metric is None else choose([metric], question)[0].name
     rows: list[dict[str, Any]] = []

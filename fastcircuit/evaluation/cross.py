@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.errors import InputError
-from fastcircuit.evaluation.faithfulness import check_circuit_fits, score, task_reference
+from fastcircuit.evaluation.faithfulness import check_circuit_fits, score, shared_ablation, task_reference
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -34,12 +33,8 @@ def cross_evaluate(
     """
     for circuit in circuits.values():
         check_circuit_fits(model, circuit)
-    ablations = sorted({circuit.ablation for circuit in circuits.values()})
-    if len(ablations) != 1:
-        raise InputError(
-            f"cross-evaluation needs circuits of one ablation, got {', '.join(ablations) or 'no circuits'}"
-        )
-    rows = {"full model": Circuit.full(model.graph, ablation=ablations[0]), **circuits}
+    ablation, output_bias = shared_ablation(circuits.values())
+    rows = {"full model": Circuit.full(model.graph, ablation=ablation), **circuits}
     if len(circuits) > 1:
         first, *others = circuits.values()
         common = either = first
@@ -48,7 +43,7 @@ def cross_evaluate(
         rows |= {"intersection": common, "union": either}
     found: list[dict[str, Any]] = []
     for name, task in tasks.items():
-        reference = task_reference(model, ablations[0], task, split)
+        reference = task_reference(model, ablation, task, split, output_bias)
         for label, circuit in rows.items():
             measured = score(reference, Masks.from_circuit(circuit), metrics, task)
             found.append({"circuit": label, "edges": circuit.num_edges, "task": name, **measured})

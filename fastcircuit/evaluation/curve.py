@@ -14,7 +14,7 @@ import numpy as np
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.bootstrap import CONFIDENCE, Interval, check_bootstrap
-from fastcircuit.evaluation.faithfulness import check_circuit_fits, score_examples, task_reference
+from fastcircuit.evaluation.faithfulness import check_circuit_fits, score_examples, shared_ablation, task_reference
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.evaluation.registry import Question, choose, performance_metric
 from fastcircuit.masks import Masks
@@ -83,7 +83,7 @@ def faithfulness_curve(
             one that the full model has no more of than the circuit without edges.
     """
     family = _family(model, circuits)
-    reference = task_reference(model, family[0].ablation, task, split)
+    reference = task_reference(model, family[0].ablation, task, split, family[0].output_bias)
     name = _checked_metric(metric, Question.of(reference, task))
     empty = Circuit(model.graph, np.zeros(model.graph.num_edges, dtype=bool), ablation=family[0].ablation)
     nothing, whole = (_examples(reference, circuit, name, task) for circuit in (empty, family[-1]))
@@ -112,15 +112,11 @@ def faithfulness_curve(
 def _family(model: MaskedCausalLM, circuits: Iterable[Circuit]) -> list[Circuit]:
     """The circuits, smallest first, and the full model behind them."""
     family = sorted(circuits, key=lambda circuit: circuit.num_edges)
-    if not family:
-        raise InputError("no circuits; a faithfulness curve needs at least one")
+    ablation, output_bias = shared_ablation(family)
     for circuit in family:
         check_circuit_fits(model, circuit)
-    ablations = sorted({circuit.ablation for circuit in family})
-    if len(ablations) > 1:
-        raise InputError(f"the circuits are of different ablations ({', '.join(ablations)}); compare those of one")
     if family[-1].num_edges < model.graph.num_edges:
-        family.append(Circuit.full(model.graph, ablation=ablations[0]))
+        family.append(Circuit.full(model.graph, ablation=ablation, output_bias=output_bias))
     return family
 
 

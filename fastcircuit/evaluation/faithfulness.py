@@ -1,6 +1,6 @@
 """How well a circuit stands in for the full model: every metric over one split of a task."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,26 @@ def check_circuit_fits(model: MaskedCausalLM, circuit: Circuit) -> None:
             )
 
 
+def shared_ablation(circuits: Collection[Circuit]) -> tuple[Ablation, str]:
+    """The ablation of all the circuits and its output bias; InputError without circuits, or when they differ."""
+    if not circuits:
+        raise InputError("no circuits; give at least one")
+    kinds = {
+        circuit.ablation + (" with the output bias kept" if circuit.keeps_output_bias else "") for circuit in circuits
+    }
+    if len(kinds) > 1:
+        raise InputError(
+            f"the circuits are of different ablations ({', '.join(sorted(kinds))}); compare circuits of one ablation"
+        )
+    first = next(iter(circuits))
+    return first.ablation, first.output_bias
+
+
 def evaluate(
     model: MaskedCausalLM,
     circuit: Circuit,
     task: Task,
     split: str = "test",
-    output_bias: str = "split",
     metrics: Sequence[str] | None = None,
     resamples: int = 0,
     confidence: float = CONFIDENCE,
@@ -65,7 +79,7 @@ def evaluate(
     if resamples:
         check_bootstrap(resamples, confidence)
     check_circuit_fits(model, circuit)
-    reference = task_reference(model, circuit.ablation, task, split, output_bias, budgets=Budgets(0, 0))
+    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, budgets=Budgets(0, 0))
     values = score_examples(reference, Masks.from_circuit(circuit), metrics, task)
     found = _means(values, len(reference))
     if resamples:

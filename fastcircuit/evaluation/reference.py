@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastcircuit.circuit import ABLATIONS, Ablation
+from fastcircuit.circuit import ABLATIONS, OUTPUT_BIAS, Ablation
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.cache import Budgets, ReferenceCache
 from fastcircuit.evaluation.metrics import kl_divergence
@@ -23,7 +23,6 @@ from fastcircuit.ops.backends import is_compiled
 from fastcircuit.ops.memory import ERRORS, free_cached_memory, is_out_of_memory, with_less
 from fastcircuit.tasks.task import Examples
 
-OUTPUT_BIAS = ("split", "kept")
 CHUNK_TOKENS = 4096
 OnNote = Callable[[str], None]
 
