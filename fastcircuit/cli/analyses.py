@@ -64,7 +64,14 @@ class Analyses:
                 watcher.on_progress("complete", done, most)
 
             found["completeness"] = completeness(
-                model, circuit, task, split, subsets=self.completeness, seed=self.seed, on_subset=on_subset
+                model,
+                circuit,
+                task,
+                split,
+                subsets=self.completeness,
+                seed=self.seed,
+                on_subset=on_subset,
+                on_note=watcher.on_note,
             )
         if self.edges is not None:
             found["edge_faithfulness"] = self._edges(model, circuit, task, split, watcher)
@@ -84,6 +91,7 @@ class Analyses:
             confidence=self.confidence,
             seed=self.seed,
             on_circuit=lambda done: watcher.on_progress("curve", done, len(sizes) - 1),
+            on_note=watcher.on_note,
         ).to_dict()
 
     def _edges(self, model: Any, circuit: Any, task: Any, split: str, watcher: Any) -> dict[str, Any]:

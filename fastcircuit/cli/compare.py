@@ -50,7 +50,12 @@ def compare(
         circuits = dict(zip(([str(first), str(second)] if same else [first.name, second.name]), (a, b), strict=True))
         with watch(stderr) as watcher:
             rows = cross_evaluate(
-                masked, circuits, pairs, split, on_cell=lambda done, most: watcher.on_progress("compare", done, most)
+                masked,
+                circuits,
+                pairs,
+                split,
+                on_cell=lambda done, most: watcher.on_progress("compare", done, most),
+                on_note=watcher.on_note,
             )
     for path, both in ((intersection, a & b), (union, a | b)):
         if path is not None:

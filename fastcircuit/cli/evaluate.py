@@ -82,8 +82,8 @@ def evaluate(
     masked = load_model(model, device, dtype, nodes)
     kept = loaded or Circuit.load(circuit, masked.graph)
     pairs = load_task(model, masked, task, data, seed)
-    found = measure(masked, kept, pairs, split, metrics=names, resamples=bootstrap, confidence=confidence, seed=seed)
     with watch(stderr) as watcher:
+        found = measure(masked, kept, pairs, split, names, bootstrap, confidence, seed, watcher.on_note)
         more = analyses.run(masked, kept, pairs, split, watcher)
     if as_json:
         print_json({**sizes(kept), split: found, **more})
