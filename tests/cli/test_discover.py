@@ -96,6 +96,21 @@ def test_an_interrupted_run_resumes_to_what_the_uninterrupted_one_finds(shelf, r
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
+def test_tensorboard_scalars_can_be_read_back(shelf, answer):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--tensorboard", "--out", "run"]
+    answer(*arguments)
+    events = accumulator.EventAccumulator("run/tensorboard")
+    events.Reload()
+    names = ("kl", "penalty", "edge_sparsity", "edge_target")
+    assert sorted(events.Tags()["scalars"]) == sorted(names)
+    history = load_file("run/masks.safetensors")["history"]
+    for column, name in enumerate(names, start=1):
+        written = events.Scalars(name)
+        assert [event.step for event in written] == [9, 11]
+        assert [event.value for event in written] == pytest.approx(history[[9, 11], column].tolist())
+
+
 BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "method": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --method magic", "no method 'magic'"),
