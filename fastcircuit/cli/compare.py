@@ -7,7 +7,7 @@ import typer
 
 from fastcircuit.cli.console import print_json, stderr, stdout
 from fastcircuit.cli.options import AsJson, Device, Dtype, EmbeddingNodes, InDtype, OnDevice, Seed
-from fastcircuit.cli.sources import check_source, load_model, load_task, warn_of_another_model
+from fastcircuit.cli.sources import check_circuit, check_source, load_model, load_task
 from fastcircuit.errors import InputError
 
 
@@ -45,8 +45,8 @@ def compare(
     rows: list[dict[str, Any]] = []
     if model is not None:
         masked = load_model(model, device, dtype, EmbeddingNodes(a.graph.embedding_nodes))
-        warn_of_another_model(a, model, first)
-        warn_of_another_model(b, model, second)
+        check_circuit(first, a, model, masked)
+        check_circuit(second, b, model, masked)
         pairs = {name: load_task(model, masked, *_source(name), seed) for name in names}
         same = first.name == second.name
         circuits = dict(zip(([str(first), str(second)] if same else [first.name, second.name]), (a, b), strict=True))

@@ -20,7 +20,7 @@ from fastcircuit.cli.options import (
     Seed,
     TaskName,
 )
-from fastcircuit.cli.sources import check_source, load_model, load_task, warn_of_another_model
+from fastcircuit.cli.sources import check_circuit, check_source, load_model, load_task
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def evaluate(
     nodes = embedding_nodes or EmbeddingNodes(loaded.graph.embedding_nodes if loaded else "split")
     masked = load_model(model, device, dtype, nodes)
     kept = loaded or Circuit.load(circuit, masked.graph)
-    warn_of_another_model(kept, model, circuit)
+    check_circuit(circuit, kept, model, masked)
     pairs = load_task(model, masked, task, data, seed)
     with watch(stderr) as watcher:
         found = measure(masked, kept, pairs, split, names, bootstrap, confidence, seed, watcher.on_note)

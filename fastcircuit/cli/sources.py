@@ -16,8 +16,11 @@ def load_model(name: str, device: Device, dtype: Dtype, embedding_nodes: Embeddi
     return loading.load_model(name, device.value, dtype.value, embedding_nodes.value)
 
 
-def warn_of_another_model(circuit: Any, model: str, where: Path) -> None:
-    """One line on stderr when ``circuit`` was found in a model of another name: its weights may be others."""
+def check_circuit(where: Path, circuit: Any, model: str, masked: Any) -> None:
+    """InputError unless the circuit fits the model; a line on stderr when it was found in one of another name."""
+    from fastcircuit.evaluation.faithfulness import check_circuit_fits
+
+    check_circuit_fits(masked, circuit)
     found_in = circuit.model.get("name")
     if found_in is not None and _place(str(found_in)) != _place(model):
         stderr.print(
