@@ -66,8 +66,21 @@ def ninja_rules(cxx: list[str], openmp: list[str], amx: bool, target: Path) -> s
     return "\n".join([*lines, f"build {output}: link {' '.join(f'{job}.o' for job in jobs)}", ""])
 
 
+def ninja_fails(work: Path) -> str | None:
+    """Why ninja cannot build what is in ``work``, or None if it can; its output is printed."""
+    import ninja
+
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode == 0:
+        return None
+    error = next((line.strip() for line in done.stdout.splitlines() if "error:" in line), done.stdout.strip()[-500:])
+    return f"building it failed: {error} (it needs Python's headers, and on x86 a compiler that knows AVX-512)"
+
+
 class NinjaBuild(build_ext):
-    """The extension is optional: without a compiler the package installs, and a note says what is missing."""
+    """The extension is optional: where it cannot be built the package installs, and a note says what is missing."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -75,23 +88,24 @@ class NinjaBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         cxx = compiler()
-        note = compiles(cxx, [], work)
-        if note is None:
-            import ninja
-
+        note = failure = compiles(cxx, [], work)
+        if failure is None:
             missing_openmp = compiles(cxx, ["-fopenmp"], work)
-            note = f"no OpenMP, so one thread only: {missing_openmp}" if missing_openmp else ""
             openmp = [] if missing_openmp else ["-fopenmp"]
             amx = sys.platform == "linux" and compiles(cxx, AMX, work) is None
             (work / "build.ninja").write_text(ninja_rules(cxx, openmp, amx, target))
-            subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(work)], check=True)
-        else:
+            failure = ninja_fails(work)
+            note = failure or (f"no OpenMP, so one thread only: {missing_openmp}" if missing_openmp else "")
+        if failure is not None:
             target.unlink(missing_ok=True)
         (target.parent / NOTE).write_text(note)
         self.announce(f"fastcircuit: {note or 'native kernels built'}", level=2)
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
+        for name in (self.get_ext_filename(extension.name) for extension in self.extensions):
+            if not (Path(self.build_lib) / name).exists():
+                (ROOT / name).unlink(missing_ok=True)  # of an earlier build, whose kernels these are no longer
         shutil.copy(Path(self.build_lib) / "fastcircuit" / NOTE, ROOT / "fastcircuit" / NOTE)
 
     def get_outputs(self) -> list[str]:

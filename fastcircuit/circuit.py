@@ -16,6 +16,7 @@ from fastcircuit.graph import EMBEDDING_NODES, FINAL_READ, Graph
 FORMAT = "fastcircuit.circuit/1"
 Ablation = Literal["interchange", "mean", "zero"]
 ABLATIONS: tuple[Ablation, ...] = ("interchange", "mean", "zero")
+OUTPUT_BIAS = ("split", "kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class Circuit:
         model: what the circuit was found in (``name``, ``architecture``, ``hidden_size``, ``vocab_size``).
         task: name of the task it explains.
         ablation: what a removed edge carries: ``interchange``, ``mean`` or ``zero``.
+        output_bias: under zero ablation, ``split`` (1/H of b_O goes with each head) or ``kept``.
         metrics: numbers measured for it.
         provenance: how it was found (method, settings, seed, versions).
     """
@@ -37,6 +39,7 @@ class Circuit:
     model: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     ablation: Ablation = "interchange"
+    output_bias: str = "split"
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -44,8 +47,9 @@ class Circuit:
         keep = np.array(self.keep, dtype=bool)
         if keep.shape != (self.graph.num_edges,):
             raise InputError(f"a circuit over this graph needs {self.graph.num_edges} flags, got shape {keep.shape}")
-        if self.ablation not in ABLATIONS:
-            raise InputError(f"ablation is {self.ablation!r}; accepted: {', '.join(ABLATIONS)}")
+        for name, accepted in (("ablation", ABLATIONS), ("output_bias", OUTPUT_BIAS)):
+            if getattr(self, name) not in accepted:
+                raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
         keep.setflags(write=False)
         object.__setattr__(self, "keep", keep)
 
@@ -63,6 +67,11 @@ class Circuit:
     def full(cls, graph: Graph, **about: Any) -> "Circuit":
         """All edges: the model itself."""
         return cls(graph, np.ones(graph.num_edges, dtype=bool), **about)
+
+    @property
+    def keeps_output_bias(self) -> bool:
+        """Whether a removed head leaves b_O behind; under interchange and mean ablation it makes no difference."""
+        return self.ablation == "zero" and self.output_bias == "kept"
 
     @property
     def num_edges(self) -> int:
@@ -105,7 +114,7 @@ class Circuit:
         return dataclasses.replace(self, keep=_drop_unread(self.graph, keep))
 
     def _combine(self, other: "Circuit", keep: np.ndarray) -> "Circuit":
-        return Circuit(self.graph, keep, self.model, self.task, self.ablation)
+        return Circuit(self.graph, keep, self.model, self.task, self.ablation, self.output_bias)
 
     def _same_graph(self, other: "Circuit") -> "Circuit":
         if self.graph != other.graph:
@@ -152,6 +161,7 @@ class Circuit:
             "graph": dataclasses.asdict(self.graph),
             "task": self.task,
             "ablation": self.ablation,
+            "output_bias": self.output_bias,
             "edges": [list(edge) for edge in self.edges],
             "nodes": self.nodes,
             "metrics": dict(self.metrics),
@@ -180,6 +190,7 @@ class Circuit:
         if missing:
             raise InputError(f"it has no {', '.join(repr(name) for name in missing)}")
         about = {name: value[name] for name in ("model", "task", "ablation", "metrics", "provenance")}
+        about["output_bias"] = value.get("output_bias", "split")  # which older files do not name
         for name in ("model", "metrics", "provenance"):
             if not isinstance(value[name], dict):
                 raise InputError(f'its "{name}" is not an object but {value[name]!r:.40}')

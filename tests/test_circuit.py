@@ -123,6 +123,7 @@ def test_changed_fields_are_refused(tmp_path):
         ({"metrics": [1]}, r'its "metrics" is not an object but \[1\]'),
         ({"model": None}, 'its "model" is not an object but None'),
         ({"ablation": "none"}, "accepted: interchange, mean, zero"),
+        ({"output_bias": "gone"}, "output_bias is 'gone'; accepted: split, kept"),
     ):
         (tmp_path / "c.json").write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError, match=message):
@@ -143,3 +144,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="No space left"):
         Circuit.from_edges(GRAPH, EDGES).save(tmp_path / "c.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_says_where_the_output_bias_goes_and_an_older_one_means_split(tmp_path):
+    kept = Circuit.from_edges(GRAPH, EDGES, ablation="zero", output_bias="kept")
+    kept.save(tmp_path / "c.json")
+    assert Circuit.load(tmp_path / "c.json").output_bias == (kept & kept).output_bias == kept.pruned().output_bias
+    assert Circuit.load(tmp_path / "c.json").keeps_output_bias
+    older = {name: value for name, value in kept.to_dict().items() if name != "output_bias"}
+    assert Circuit.from_dict(older).output_bias == "split"

@@ -47,7 +47,9 @@ class Analyses:
         from fastcircuit.evaluation.truth import Truth, compare_with_truth, truth_roc
 
         found: dict[str, Any] = {}
-        scores = None if self.scores is None else Scores.load(self.scores, circuit.graph, circuit.ablation)
+        scores = None
+        if self.scores is not None:
+            scores = Scores.load(self.scores, circuit.graph, circuit.ablation, circuit.output_bias)
         truth = None if self.truth is None else Truth.load(self.truth, circuit.graph)
         if truth is not None:
             found["truth"] = compare_with_truth(circuit, truth)
@@ -62,7 +64,14 @@ class Analyses:
                 watcher.on_progress("complete", done, most)
 
             found["completeness"] = completeness(
-                model, circuit, task, split, subsets=self.completeness, seed=self.seed, on_subset=on_subset
+                model,
+                circuit,
+                task,
+                split,
+                subsets=self.completeness,
+                seed=self.seed,
+                on_subset=on_subset,
+                on_note=watcher.on_note,
             )
         if self.edges is not None:
             found["edge_faithfulness"] = self._edges(model, circuit, task, split, watcher)
@@ -82,6 +91,7 @@ class Analyses:
             confidence=self.confidence,
             seed=self.seed,
             on_circuit=lambda done: watcher.on_progress("curve", done, len(sizes) - 1),
+            on_note=watcher.on_note,
         ).to_dict()
 
     def _edges(self, model: Any, circuit: Any, task: Any, split: str, watcher: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import typer
 
 from fastcircuit.cli.console import print_json, stderr, stdout
 from fastcircuit.cli.options import AsJson, Device, Dtype, EmbeddingNodes, InDtype, OnDevice, Seed
-from fastcircuit.cli.sources import check_source, load_model, load_task
+from fastcircuit.cli.sources import check_circuit, check_source, load_model, load_task
 from fastcircuit.errors import InputError
 
 
@@ -45,12 +45,19 @@ def compare(
     rows: list[dict[str, Any]] = []
     if model is not None:
         masked = load_model(model, device, dtype, EmbeddingNodes(a.graph.embedding_nodes))
+        check_circuit(first, a, model, masked)
+        check_circuit(second, b, model, masked)
         pairs = {name: load_task(model, masked, *_source(name), seed) for name in names}
         same = first.name == second.name
         circuits = dict(zip(([str(first), str(second)] if same else [first.name, second.name]), (a, b), strict=True))
         with watch(stderr) as watcher:
             rows = cross_evaluate(
-                masked, circuits, pairs, split, on_cell=lambda done, most: watcher.on_progress("compare", done, most)
+                masked,
+                circuits,
+                pairs,
+                split,
+                on_cell=lambda done, most: watcher.on_progress("compare", done, most),
+                on_note=watcher.on_note,
             )
     for path, both in ((intersection, a & b), (union, a | b)):
         if path is not None:

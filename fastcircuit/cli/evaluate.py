@@ -20,7 +20,7 @@ from fastcircuit.cli.options import (
     Seed,
     TaskName,
 )
-from fastcircuit.cli.sources import check_source, load_model, load_task
+from fastcircuit.cli.sources import check_circuit, check_source, load_model, load_task
 
 
 def evaluate(
@@ -81,9 +81,10 @@ def evaluate(
     nodes = embedding_nodes or EmbeddingNodes(loaded.graph.embedding_nodes if loaded else "split")
     masked = load_model(model, device, dtype, nodes)
     kept = loaded or Circuit.load(circuit, masked.graph)
+    check_circuit(circuit, kept, model, masked)
     pairs = load_task(model, masked, task, data, seed)
-    found = measure(masked, kept, pairs, split, metrics=names, resamples=bootstrap, confidence=confidence, seed=seed)
     with watch(stderr) as watcher:
+        found = measure(masked, kept, pairs, split, names, bootstrap, confidence, seed, watcher.on_note)
         more = analyses.run(masked, kept, pairs, split, watcher)
     if as_json:
         print_json({**sizes(kept), split: found, **more})

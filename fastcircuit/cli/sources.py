@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastcircuit.cli.console import stderr
 from fastcircuit.cli.options import Device, Dtype, EmbeddingNodes
 from fastcircuit.errors import InputError
 
@@ -13,6 +14,28 @@ def load_model(name: str, device: Device, dtype: Dtype, embedding_nodes: Embeddi
     from fastcircuit.models import loading
 
     return loading.load_model(name, device.value, dtype.value, embedding_nodes.value)
+
+
+def check_circuit(where: Path, circuit: Any, model: str, masked: Any) -> None:
+    """InputError unless the circuit fits the model; a line on stderr when it was found in one of another name."""
+    from fastcircuit.evaluation.faithfulness import check_circuit_fits
+
+    check_circuit_fits(masked, circuit)
+    found_in = circuit.model.get("name")
+    if found_in is not None and _place(str(found_in)) != _place(model):
+        stderr.print(
+            f"warning: {where} was found in {found_in}, and is run on {model}; unless their weights are the same, this "
+            "says nothing about the circuit",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _place(name: str) -> str:
+    """A shipped model or hub id as it is, a directory the same however its path is written."""
+    from fastcircuit import zoo
+
+    return str(Path(name).resolve()) if name not in zoo.names() and Path(name).is_dir() else name
 
 
 def check_source(task: str | None, data: Path | None) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcircuit.circuit import ABLATIONS, Ablation
+from fastcircuit.circuit import ABLATIONS, OUTPUT_BIAS, Ablation
 from fastcircuit.discovery.exact import exact_rises
 from fastcircuit.discovery.losses import LOSSES, examples_with_loss
 from fastcircuit.discovery.plain_run import PlainRun
@@ -31,7 +31,7 @@ from fastcircuit.discovery.points import CleanPoint, clean_points
 from fastcircuit.discovery.scores import Scores, check_computed, node_scores
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.cache import Budgets
-from fastcircuit.evaluation.reference import OUTPUT_BIAS, Reference
+from fastcircuit.evaluation.reference import Reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
@@ -75,7 +75,7 @@ def attribute(
     check_attribution(method, loss, ig_steps, ablation, output_bias)
     if method == "random":
         edge = np.random.default_rng(seed).standard_normal(model.graph.num_edges)
-        return Scores(model.graph, edge, node_scores(model.graph, edge), ablation)
+        return Scores(model.graph, edge, node_scores(model.graph, edge), ablation, output_bias)
     loss = loss or ("logit-difference" if method == "eap" else "kl")
     examples = task.split(split)
     patching = task.split("train") if ablation == "mean" else None
@@ -94,7 +94,7 @@ def attribute(
             on_batch(done, len(examples))
     edge, node = edge / num_examples, node / num_examples
     check_computed(model.graph, edge)
-    return Scores(model.graph, edge, node, ablation)
+    return Scores(model.graph, edge, node, ablation, output_bias)
 
 
 def check_attribution(method: str, loss: str | None, ig_steps: int, ablation: str, output_bias: str) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from fastcircuit.circuit import ABLATIONS, Ablation, Circuit
+from fastcircuit.circuit import ABLATIONS, OUTPUT_BIAS, Ablation, Circuit
 from fastcircuit.discovery import acdc as greedy
 from fastcircuit.discovery import attribution
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity
 from fastcircuit.discovery.scores import Scores, node_scores
 from fastcircuit.errors import InputError, check_seed
 from fastcircuit.evaluation.cache import Budgets
-from fastcircuit.evaluation.reference import OUTPUT_BIAS, Reference
+from fastcircuit.evaluation.reference import Reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
@@ -95,7 +95,8 @@ def find(
             budgets=Budgets(0, 0),
         )
         found = greedy.acdc(reference, _acdc_threshold(settings), _reporter(method, on_progress))
-        scores = Scores(model.graph, found.rises, node_scores(model.graph, found.rises), settings.ablation)
+        nodes = node_scores(model.graph, found.rises)
+        scores = Scores(model.graph, found.rises, nodes, settings.ablation, settings.output_bias)
         return Circuit(model.graph, found.keep, ablation=settings.ablation).pruned(), scores, found.history
     scores = scores_of(model, task, method, settings, on_progress)
     return choose(scores), scores, np.zeros((0, len(greedy.COLUMNS)))

@@ -199,7 +199,9 @@ def _described(
     """The circuit with what it was found in, for and by."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     provenance = {"method": method, "settings": settings.to_dict(), "versions": versions}
-    return dataclasses.replace(circuit, model=model.about, task=task.name, provenance=provenance)
+    return dataclasses.replace(
+        circuit, model=model.about, task=task.name, output_bias=settings.output_bias, provenance=provenance
+    )
 
 
 def _edges_wanted(

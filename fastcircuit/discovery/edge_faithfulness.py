@@ -98,7 +98,8 @@ def edge_faithfulness(
     check_circuit_fits(model, circuit)
     if not circuit.num_edges:
         raise InputError("the circuit has no edges; there is nothing to remove")
-    reference = task_reference(model, circuit.ablation, task, split, budgets=Budgets(0, 0)).first(most_examples)
+    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, Budgets(0, 0))
+    reference = reference.first(most_examples)
     of_model, of_circuit = np.zeros(circuit.graph.num_edges), np.zeros(circuit.graph.num_edges)
     whole, done = 0.0, 0
     for point in clean_points(reference, "kl", BATCH_BYTES):

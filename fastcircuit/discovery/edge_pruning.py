@@ -136,7 +136,7 @@ class EdgePruning:
         indices = self.batch_indices(step)
         while not self._compute(step, indices):
             self._halve_micro_batch(step)
-        self.stepper.update(step)
+        self._update(step)
         self._pending += 1
 
     def _compute(self, step: int, indices: Tensor) -> bool:
@@ -149,6 +149,18 @@ class EdgePruning:
                 raise
             return False
         return True
+
+    def _update(self, step: int) -> None:
+        """Apply the gradient; out of memory may leave it applied in part, so that only earlier checkpoints are good."""
+        try:
+            self.stepper.update(step)
+        except ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"step {step}: out of memory in the update; free memory on {self.model.device}; "
+                f"{_kept(self._checkpoint)}"
+            ) from error
 
     def _halve_micro_batch(self, step: int) -> None:
         self.stepper.reset()

@@ -13,7 +13,7 @@ from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.presets import preset
 from fastcircuit.discovery.refine import OnRound
 from fastcircuit.discovery.settings import Settings
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.faithfulness import evaluate
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -83,7 +83,11 @@ class Run:
         on_note: Callable[[str], None] | None = None,
         execution: Execution | None = None,
     ) -> Circuit:
-        """Find the circuit, evaluate it on the test split (or, without one, on train), write both files."""
+        """Find the circuit, write both files, evaluate it on the test split (or, without one, on train).
+
+        Raises:
+            RunError: as :func:`discover` and :func:`evaluate` do; says what was kept.
+        """
         with _Logs(self.directory / "tensorboard" if self.tensorboard else None) as log:
             found = discover(
                 model,
@@ -102,11 +106,16 @@ class Run:
                 execution=execution,
             )
         split = "test" if "test" in task.splits else "train"
-        metrics = {split: evaluate(model, found.circuit, task, split, settings.output_bias)}
-        found = dataclasses.replace(found, circuit=dataclasses.replace(found.circuit, metrics=metrics))
-        self.files = found.save(self.directory)
+        self.files = found.save(self.directory)  # before anything else can fail
         self.checkpoint.unlink(missing_ok=True)
-        return found.circuit
+        path = self.files[0]
+        try:
+            metrics = {split: evaluate(model, found.circuit, task, split, on_note=on_note)}
+        except RunError as error:
+            raise RunError(f"{error}; the circuit is in {path}, without metrics") from error
+        circuit = dataclasses.replace(found.circuit, metrics=metrics)
+        circuit.save(path)
+        return circuit
 
 
 class _Logs:

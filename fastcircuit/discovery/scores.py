@@ -23,7 +23,7 @@ class Scores:
     Args:
         edge: float64 ``[num_edges]`` in the order of ``graph.edges``.
         node: float64 ``[num_writers]`` in the order of ``graph.writers``.
-        ablation: what a removed edge carries.
+        ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         log_alpha: the scores are Edge Pruning's log-alphas, of which the lowest are removed first, not the smallest.
 
     Raises:
@@ -34,6 +34,7 @@ class Scores:
     edge: np.ndarray
     node: np.ndarray
     ablation: Ablation = "interchange"
+    output_bias: str = "split"
     log_alpha: bool = False
 
     def __post_init__(self) -> None:
@@ -76,15 +77,14 @@ class Scores:
             raise InputError("give edges or threshold, one of them")
         ranking = self.ranking(absolute)
         if threshold is not None:
-            chosen = Circuit(self.graph, ranking >= threshold, ablation=self.ablation)
-            return chosen.pruned() if pruned else chosen
+            return self._circuit(ranking >= threshold, pruned)
         assert edges is not None
         check_num_edges(self.graph, edges)
         if pruned:
-            return top_circuit(self.graph, ranking, edges, self.ablation)
+            return self._circuit(top_circuit(self.graph, ranking, edges, self.ablation).keep)
         keep = np.zeros(self.graph.num_edges, dtype=bool)
         keep[np.argsort(-ranking, kind="stable")[:edges]] = True
-        return Circuit(self.graph, keep, ablation=self.ablation)
+        return self._circuit(keep)
 
     def node_circuit(self, nodes: int, *, absolute: bool = True, pruned: bool = True) -> Circuit:
         """The circuit of the ``nodes`` best writers: every edge that leads from one of them to another or the output.
@@ -103,7 +103,10 @@ class Scores:
         fed_by, feeds = graph.feeds
         readers[fed_by[kept[feeds]]] = True
         keep = kept[graph.edge_writers] & readers[graph.edge_readers]
-        circuit = Circuit(graph, keep, ablation=self.ablation)
+        return self._circuit(keep, pruned)
+
+    def _circuit(self, keep: np.ndarray, pruned: bool = False) -> Circuit:
+        circuit = Circuit(self.graph, keep, ablation=self.ablation, output_bias=self.output_bias)
         return circuit.pruned() if pruned else circuit
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -113,7 +116,13 @@ class Scores:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], graph: Graph, ablation: Ablation = "interchange") -> "Scores":
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        graph: Graph,
+        ablation: Ablation = "interchange",
+        output_bias: str = "split",
+    ) -> "Scores":
         """Read what :meth:`save` wrote, or a discovery's ``masks.safetensors``.
 
         Raises:
@@ -128,7 +137,7 @@ class Scores:
         except (SafetensorError, OSError, KeyError) as error:
             raise InputError(f"scores file {path} cannot be read: {error}; it needs tensors edge and node") from None
         try:
-            return cls(graph, edge, node, ablation, log_alpha=columns.startswith("step,"))
+            return cls(graph, edge, node, ablation, output_bias, log_alpha=columns.startswith("step,"))
         except InputError as error:
             raise InputError(f"scores file {path}: {error}") from None
 

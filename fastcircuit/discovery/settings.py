@@ -4,9 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fastcircuit.circuit import ABLATIONS, Ablation
+from fastcircuit.circuit import ABLATIONS, OUTPUT_BIAS, Ablation
 from fastcircuit.errors import InputError, check_seed
-from fastcircuit.evaluation.reference import OUTPUT_BIAS
 
 SCHEDULES = ("linear", "logarithmic")
 SPARSITY_ESTIMATES = ("expected", "sampled")

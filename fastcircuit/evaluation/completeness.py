@@ -13,6 +13,7 @@ import numpy as np
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import check_circuit_fits, score, task_reference
+from fastcircuit.evaluation.reference import OnNote
 from fastcircuit.evaluation.registry import Question, choose, performance_metric
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -30,6 +31,7 @@ def completeness(
     subsets: int = SUBSETS,
     seed: int = 0,
     on_subset: Callable[[int, int], None] | None = None,
+    on_note: OnNote | None = None,
 ) -> dict[str, Any]:
     """Incompleteness over nothing, the whole circuit, and random subsets of its edges between them.
 
@@ -37,6 +39,7 @@ def completeness(
         metric: F; None: the task's (see ``registry.performance_metric``).
         subsets: how many random subsets, of sizes evenly spread from one edge to all but one.
         on_subset: called with the subsets measured and how many there are.
+        on_note: called with a line when memory runs out and smaller batches are used.
 
     Returns:
         ``metric``; ``mean`` and ``worst`` incompleteness; ``subsets``, rows of ``removed`` (edges), ``circuit`` and
@@ -45,7 +48,7 @@ def completeness(
     check_circuit_fits(model, circuit)
     if not circuit.num_edges or subsets < 0:
         raise InputError(f"completeness needs a circuit with edges and subsets from 0; got {circuit}, {subsets}")
-    reference = task_reference(model, circuit.ablation, task, split)
+    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, on_note=on_note)
     question = Question.of(reference, task)
     name = performance_metric(question).name if metric is None else choose([metric], question)[0].name
     rows: list[dict[str, Any]] = []

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.errors import InputError
-from fastcircuit.evaluation.faithfulness import check_circuit_fits, score, task_reference
+from fastcircuit.evaluation.faithfulness import check_circuit_fits, score, shared_ablation, task_reference
+from fastcircuit.evaluation.reference import OnNote
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
@@ -18,12 +18,14 @@ def cross_evaluate(
     split: str = "test",
     metrics: Sequence[str] | None = None,
     on_cell: Callable[[int, int], None] | None = None,
+    on_note: OnNote | None = None,
 ) -> list[dict[str, Any]]:
     """Every circuit, their intersection and union, and the full model, on every task (table 2 of the paper).
 
     Args:
         circuits, tasks: by the names they are to have in the table.
         on_cell: called with the cells measured and how many there are.
+        on_note: called with a line when memory runs out and smaller batches are used.
 
     Returns:
         Rows of ``circuit`` (its name), ``edges`` and ``task``, with the metrics (see
@@ -34,12 +36,8 @@ def cross_evaluate(
     """
     for circuit in circuits.values():
         check_circuit_fits(model, circuit)
-    ablations = sorted({circuit.ablation for circuit in circuits.values()})
-    if len(ablations) != 1:
-        raise InputError(
-            f"cross-evaluation needs circuits of one ablation, got {', '.join(ablations) or 'no circuits'}"
-        )
-    rows = {"full model": Circuit.full(model.graph, ablation=ablations[0]), **circuits}
+    ablation, output_bias = shared_ablation(circuits.values())
+    rows = {"full model": Circuit.full(model.graph, ablation=ablation), **circuits}
     if len(circuits) > 1:
         first, *others = circuits.values()
         common = either = first
@@ -48,7 +46,7 @@ def cross_evaluate(
         rows |= {"intersection": common, "union": either}
     found: list[dict[str, Any]] = []
     for name, task in tasks.items():
-        reference = task_reference(model, ablations[0], task, split)
+        reference = task_reference(model, ablation, task, split, output_bias, on_note=on_note)
         for label, circuit in rows.items():
             measured = score(reference, Masks.from_circuit(circuit), metrics, task)
             found.append({"circuit": label, "edges": circuit.num_edges, "task": name, **measured})

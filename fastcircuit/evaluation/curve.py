@@ -14,8 +14,8 @@ import numpy as np
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.bootstrap import CONFIDENCE, Interval, check_bootstrap
-from fastcircuit.evaluation.faithfulness import check_circuit_fits, score_examples, task_reference
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.faithfulness import check_circuit_fits, score_examples, shared_ablation, task_reference
+from fastcircuit.evaluation.reference import OnNote, Reference
 from fastcircuit.evaluation.registry import Question, choose, performance_metric
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -70,6 +70,7 @@ def faithfulness_curve(
     confidence: float = CONFIDENCE,
     seed: int = 0,
     on_circuit: Callable[[int], None] | None = None,
+    on_note: OnNote | None = None,
 ) -> Faithfulness:
     """Faithfulness of a family of circuits; the full model is always one of them.
 
@@ -77,13 +78,14 @@ def faithfulness_curve(
         metric: one that the full model has too; None: the task's (see ``registry.performance_metric``).
         resamples: bootstrap resamples of the examples, for intervals of the areas; 0: none.
         on_circuit: called with the circuits measured so far, the full model not counted.
+        on_note: called with a line when memory runs out and smaller batches are used.
 
     Raises:
         InputError: a circuit of another model, circuits of several ablations, a metric that the task has not got, or
             one that the full model has no more of than the circuit without edges.
     """
     family = _family(model, circuits)
-    reference = task_reference(model, family[0].ablation, task, split)
+    reference = task_reference(model, family[0].ablation, task, split, family[0].output_bias, on_note=on_note)
     name = _checked_metric(metric, Question.of(reference, task))
     empty = Circuit(model.graph, np.zeros(model.graph.num_edges, dtype=bool), ablation=family[0].ablation)
     nothing, whole = (_examples(reference, circuit, name, task) for circuit in (empty, family[-1]))
@@ -112,15 +114,11 @@ def faithfulness_curve(
 def _family(model: MaskedCausalLM, circuits: Iterable[Circuit]) -> list[Circuit]:
     """The circuits, smallest first, and the full model behind them."""
     family = sorted(circuits, key=lambda circuit: circuit.num_edges)
-    if not family:
-        raise InputError("no circuits; a faithfulness curve needs at least one")
+    ablation, output_bias = shared_ablation(family)
     for circuit in family:
         check_circuit_fits(model, circuit)
-    ablations = sorted({circuit.ablation for circuit in family})
-    if len(ablations) > 1:
-        raise InputError(f"the circuits are of different ablations ({', '.join(ablations)}); compare those of one")
     if family[-1].num_edges < model.graph.num_edges:
-        family.append(Circuit.full(model.graph, ablation=ablations[0]))
+        family.append(Circuit.full(model.graph, ablation=ablation, output_bias=output_bias))
     return family
 
 

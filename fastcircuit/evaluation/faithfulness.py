@@ -1,6 +1,6 @@
 """How well a circuit stands in for the full model: every metric over one split of a task."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,11 @@ from fastcircuit.errors import InputError
 from fastcircuit.evaluation.bootstrap import CONFIDENCE, bootstrap, check_bootstrap
 from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.metrics import example_means, kl_divergence
-from fastcircuit.evaluation.reference import Batch, Reference
+from fastcircuit.evaluation.reference import Batch, OnNote, Reference
 from fastcircuit.evaluation.registry import Metric, Predictions, Question, check_names, choose
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
-
-BATCH_SIZE = 64
 
 
 def check_circuit_fits(model: MaskedCausalLM, circuit: Circuit) -> None:
@@ -33,16 +31,31 @@ def check_circuit_fits(model: MaskedCausalLM, circuit: Circuit) -> None:
             )
 
 
+def shared_ablation(circuits: Collection[Circuit]) -> tuple[Ablation, str]:
+    """The ablation of all the circuits and its output bias; InputError without circuits, or when they differ."""
+    if not circuits:
+        raise InputError("no circuits; give at least one")
+    kinds = {
+        circuit.ablation + (" with the output bias kept" if circuit.keeps_output_bias else "") for circuit in circuits
+    }
+    if len(kinds) > 1:
+        raise InputError(
+            f"the circuits are of different ablations ({', '.join(sorted(kinds))}); compare circuits of one ablation"
+        )
+    first = next(iter(circuits))
+    return first.ablation, first.output_bias
+
+
 def evaluate(
     model: MaskedCausalLM,
     circuit: Circuit,
     task: Task,
     split: str = "test",
-    output_bias: str = "split",
     metrics: Sequence[str] | None = None,
     resamples: int = 0,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    on_note: OnNote | None = None,
 ) -> dict[str, Any]:
     """Faithfulness of ``circuit`` on one split, removed edges ablated as the circuit says.
 
@@ -53,6 +66,7 @@ def evaluate(
         resamples: bootstrap resamples for confidence intervals of every mean; 0: none.
         confidence: of the intervals.
         seed: of the bootstrap.
+        on_note: called with a line when memory runs out and smaller batches are used.
 
     Returns:
         Every metric, the mean over examples of the mean over each one's answers, and, where the full model has one
@@ -60,12 +74,13 @@ def evaluate(
 
     Raises:
         InputError: a circuit of another model, no such split, an unknown metric or one that the task has not got.
+        RunError: memory ran out with a single example at a time.
     """
     check_names(metrics)
     if resamples:
         check_bootstrap(resamples, confidence)
     check_circuit_fits(model, circuit)
-    reference = task_reference(model, circuit.ablation, task, split, output_bias, budgets=Budgets(0, 0))
+    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, Budgets(0, 0), on_note)
     values = score_examples(reference, Masks.from_circuit(circuit), metrics, task)
     found = _means(values, len(reference))
     if resamples:
@@ -82,13 +97,14 @@ def task_reference(
     split: str = "test",
     output_bias: str = "split",
     budgets: Budgets | None = None,
+    on_note: OnNote | None = None,
 ) -> Reference:
-    """What circuits of one ablation are measured against on a split (see :class:`Reference` for ``budgets``)."""
+    """What circuits of one ablation are measured against on a split (the rest as in :class:`Reference`)."""
     examples = task.split(split)
     if not len(examples):
         raise InputError(f"split {split!r} of task {task.name} is empty; there is nothing to evaluate on")
     patching = task.split("train") if ablation == "mean" else None
-    return Reference(model, examples, ablation, output_bias, task.answer_tokens, patching=patching, budgets=budgets)
+    return Reference(model, examples, ablation, output_bias, task.answer_tokens, patching, budgets, on_note)
 
 
 @torch.no_grad()
@@ -116,13 +132,16 @@ def score_examples(
     """
     question = Question.of(reference, task)
     chosen = choose(metrics, question)
-    found: dict[str, list[Tensor]] = {}
-    for batch in reference.batches(BATCH_SIZE):
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
         predictions = Predictions.at(batch.answers, circuit_log_probs(reference, masks, batch), question)
-        for name, values in _measured(chosen, predictions):
-            means = example_means(values.double(), batch.answers.example, batch.size)
-            found.setdefault(name, []).append(means.cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}
+        return {
+            name: example_means(values.double(), batch.answers.example, batch.size).cpu()
+            for name, values in _measured(chosen, predictions)
+        }
+
+    parts = reference.over_batches(measure)
+    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
 
 def _measured(metrics: Sequence[Metric], predictions: Predictions) -> Iterator[tuple[str, Tensor]]:
@@ -140,9 +159,11 @@ def _means(values: dict[str, np.ndarray], examples: int) -> dict[str, Any]:
 
 def mean_kl(reference: Reference, masks: Masks, batches: Iterable[Batch] | None = None) -> float:
     """Mean KL over the examples of ``reference``, in nats: the cheap part of :func:`score`."""
-    total, count = 0.0, 0
-    for batch in batches if batches is not None else reference.batches(BATCH_SIZE):
+
+    def total(batch: Batch) -> tuple[float, int]:
         divergence = kl_divergence(batch.answers.log_probs, circuit_log_probs(reference, masks, batch))
-        total += float(batch.answers.example_mean(divergence, batch.size)) * batch.size
-        count += batch.size
-    return total / count
+        return float(batch.answers.example_mean(divergence, batch.size)) * batch.size, batch.size
+
+    parts = [total(batch) for batch in batches] if batches is not None else reference.over_batches(total)
+    totals, sizes = zip(*parts, strict=True)
+    return sum(totals) / sum(sizes)

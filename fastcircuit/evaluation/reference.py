@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastcircuit.circuit import ABLATIONS, Ablation
-from fastcircuit.errors import InputError
+from fastcircuit.circuit import ABLATIONS, OUTPUT_BIAS, Ablation
+from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.cache import Budgets, ReferenceCache
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.models.masked import MaskedCausalLM
@@ -20,11 +20,11 @@ from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, StatesShape
 from fastcircuit.ops import answer_kl
 from fastcircuit.ops.backends import is_compiled
-from fastcircuit.ops.memory import ERRORS, free_cached_memory, is_out_of_memory, with_less
+from fastcircuit.ops.memory import ERRORS, Result, free_cached_memory, is_out_of_memory, with_less
 from fastcircuit.tasks.task import Examples
 
-OUTPUT_BIAS = ("split", "kept")
 CHUNK_TOKENS = 4096
+BATCH_SIZE = 64
 OnNote = Callable[[str], None]
 
 
@@ -79,6 +79,9 @@ class Reference:
         patching: examples whose corrupted prompts give the means; None: ``examples`` themselves.
         budgets: bytes of states and distributions to keep; None: :meth:`Budgets.default`.
         on_note: called with a line when memory runs out and less is computed at once, or kept.
+
+    Attributes:
+        batch_size: examples that :meth:`over_batches` takes at a time; halved when memory runs out.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Reference:
             raise InputError(f"output_bias is {output_bias!r}; accepted: {', '.join(OUTPUT_BIAS)}")
         self.model = model
         self.examples = examples
+        self.on_note, self.batch_size = on_note, min(BATCH_SIZE, len(examples))
         self.interchange = ablation == "interchange"
         self.answer_tokens = None if answer_tokens is None else torch.tensor(answer_tokens, device=model.device)
         self.constant = (
@@ -145,6 +149,35 @@ class Reference:
         """All examples in order, ``size`` at a time."""
         for chunk in torch.arange(len(self)).split(size):
             yield self.batch(chunk)
+
+    def over_batches(self, measure: Callable[[Batch], Result]) -> list[Result]:
+        """What ``measure`` returns for every batch, in order; of half as many examples from where memory runs out.
+
+        Raises:
+            RunError: memory ran out with a single example at a time.
+        """
+        found: list[Result] = []
+        done = 0
+
+        def measured() -> tuple[int, Result]:
+            batch = self.batch(torch.arange(done, min(done + self.batch_size, len(self))))
+            return batch.size, measure(batch)
+
+        while done < len(self):
+            size, result = with_less(measured, self.model.device, self._halve_batches)
+            found.append(result)
+            done += size
+        return found
+
+    def _halve_batches(self) -> None:
+        if self.batch_size == 1:
+            raise RunError(
+                f"evaluation: out of memory with one example at a time; free memory on {self.model.device}, or use "
+                "shorter prompts or a narrower dtype"
+            )
+        self.batch_size //= 2
+        if self.on_note is not None:
+            self.on_note(f"out of memory in evaluation: going on with {self.batch_size} examples at a time")
 
     def states(self, rows: Tensor | None) -> States:
         """The ablated states that rows of the cache hold; without rows, those of every token."""

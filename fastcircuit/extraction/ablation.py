@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastcircuit.circuit import OUTPUT_BIAS
 from fastcircuit.errors import InputError
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.submodel.kept import Constants
 from fastcircuit.tasks.task import Examples
 
 ABLATIONS = ("mean", "mean-positional", "zero")
-OUTPUT_BIAS = ("split", "kept")
 # Activations of the patching run that are alive at once.
 CHUNK_BYTES = 2**28
 

@@ -255,7 +255,7 @@ def _kl_of_circuit(model: MaskedCausalLM, task: Task, circuit: Circuit, submodel
     test = task.split("test")
     patching = task.split("train") if circuit.ablation == "mean" else None
     reference = Reference(
-        model, test, circuit.ablation, answer_tokens=task.answer_tokens, patching=patching, budgets=Budgets(0, 0)
+        model, test, circuit.ablation, circuit.output_bias, task.answer_tokens, patching, budgets=Budgets(0, 0)
     )
     masks, total, first = Masks.from_circuit(circuit), 0.0, 0
     for batch in reference.batches(BATCH_SIZE):

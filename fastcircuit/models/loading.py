@@ -34,13 +34,7 @@ def load_model(
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)}")
     device = choose_device(device)
-    model = _read_model(name, DTYPES[dtype])
-    for parameter_name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise InputError(
-                f"model {name!r}: weight {parameter_name} holds NaN or infinity; mend or re-download the file"
-            )
-    masked = MaskedCausalLM(model.to(device), embedding_nodes)
+    masked = MaskedCausalLM(read_model(name, dtype=DTYPES[dtype]).to(device), embedding_nodes)
     masked.name = name  # not the directory a shipped model lies in here
     return masked
 
@@ -97,13 +91,17 @@ def load_tokenizer(name: str) -> Any:
         raise InputError(f"cannot load the tokenizer of {name!r}: {first_line(error)}") from error
 
 
-def _read_model(name: str, dtype: torch.dtype) -> Any:
-    """The Hugging Face model, every weight of it from the file."""
+def read_model(name: str, **kwargs: Any) -> Any:
+    """The Hugging Face model, every weight of it from the file and finite; ``kwargs`` go to ``from_pretrained``.
+
+    Raises:
+        InputError: no such model, an unsupported architecture, weights that are missing or not finite.
+    """
     path = locate(name)
     try:
         with quiet():
             check_supported(AutoConfig.from_pretrained(path))
-            loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **REPORTING)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs, **REPORTING)
     except InputError:
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
@@ -111,6 +109,7 @@ def _read_model(name: str, dtype: torch.dtype) -> Any:
     model, report = loaded
     check_all_loaded(report, f"model {name!r}")
     _check_all_used(report, model, f"model {name!r}")
+    _check_finite(model, f"model {name!r}")
     return model
 
 
@@ -145,6 +144,13 @@ def _check_all_used(report: Mapping[str, Any], model: torch.nn.Module, what: str
             f"{what}: {len(foreign)} weight(s) in its file have no place in the model that its config.json says, such "
             f"as {foreign[0]}; bring the two files of one model together"
         )
+
+
+def _check_finite(model: torch.nn.Module, what: str) -> None:
+    """InputError naming the first weight that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"{what}: weight {name} holds NaN or infinity; mend or re-download the file")
 
 
 def reason_of(error: Exception) -> str:

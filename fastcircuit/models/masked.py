@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastcircuit.errors import InputError
@@ -53,6 +53,9 @@ class MaskedCausalLM(nn.Module):
         recompute: recompute each block in the backward pass (less memory) instead of keeping its activations (faster);
             None: keep them while they are estimated to take at most a GiB.
         backend: which kernels to use: ``auto``, ``reference``, ``cpu`` or ``triton``.
+
+    Raises:
+        InputError: a model of another kind: another architecture, one without its head, a wrapper around one.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class MaskedCausalLM(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        check_supported(model.config)
+        _check_model(model)
         self.model = model.eval().requires_grad_(False)
         self.graph = Graph.from_config(model.config, embedding_nodes)
         self.recompute = recompute
@@ -85,17 +88,11 @@ class MaskedCausalLM(nn.Module):
         """Load a Hugging Face id, a local directory or a zoo name; ``kwargs`` go to ``AutoModelForCausalLM``.
 
         Raises:
-            InputError: there is no such model, or its architecture is not supported.
+            InputError: no such model, an unsupported architecture, weights that are missing or not finite.
         """
-        path = resolve_model(name)
-        try:
-            check_supported(AutoConfig.from_pretrained(path))
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-        except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
-        masked = cls(model, embedding_nodes, recompute, backend)
+        from fastcircuit.models.loading import read_model
+
+        masked = cls(read_model(name, **kwargs), embedding_nodes, recompute, backend)
         masked.name = name
         return masked
 
@@ -266,11 +263,21 @@ def check_supported(config: Any) -> None:
         )
 
 
-def resolve_model(name: str) -> str:
-    """The directory of a zoo model, or the name itself."""
-    from fastcircuit import zoo
-
-    return zoo.resolve(name)
+def _check_model(model: Any) -> None:
+    """InputError unless ``model`` is itself the causal language model of a supported architecture."""
+    found = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        check_supported(model.config)
+        wanted: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model.config.model_type]]
+        if isinstance(model, wanted):
+            return
+        accepted = wanted.__name__
+    else:
+        accepted = f"a Hugging Face causal language model ({', '.join(ARCHITECTURES)})"
+    raise InputError(
+        f"a {found} cannot be masked; accepted: {accepted}, as AutoModelForCausalLM.from_pretrained loads it, with its "
+        "head and nothing wrapped around it (PEFT: give what merge_and_unload() returns)"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -32,9 +32,8 @@ def title(circuit: Circuit) -> str:
 def caption(circuit: Circuit) -> list[str]:
     """Size and ablation, then the measured numbers if there are any."""
     share = 100 * circuit.num_edges / circuit.graph.num_edges
-    lines = [
-        f"{circuit.num_edges:,} of {circuit.graph.num_edges:,} edges ({share:.3g} %) · {circuit.ablation} ablation"
-    ]
+    ablation = f"{circuit.ablation} ablation" + (", output bias kept" if circuit.keeps_output_bias else "")
+    lines = [f"{circuit.num_edges:,} of {circuit.graph.num_edges:,} edges ({share:.3g} %) · {ablation}"]
     where, numbers = _metrics(circuit.metrics)
     if numbers:
         lines.append(f"{where}: " + " · ".join(f"{printable(name)} {value:.4g}" for name, value in numbers))

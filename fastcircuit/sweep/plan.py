@@ -122,6 +122,11 @@ class Plan:
         given = {"train": self.train_size, "test": self.test_size}
         return {split: size for split, size in given.items() if size is not None}
 
+    @property
+    def removal(self) -> dict[str, Any]:
+        """What a removed edge carries, whatever the method."""
+        return {"ablation": self.ablation, "output_bias": self.settings.output_bias}
+
     def fixed(self) -> dict[str, Any]:
         """What all runs in one directory share, as JSON would have it: all but methods, sizes and seeds."""
         settings = {key: value for key, value in self.settings.to_dict().items() if key != "seed"}

@@ -104,7 +104,7 @@ class Sweep:
         if is_attribution(job.method):
             return self._attributed(job.method, job.seed, task).circuit(job.size)
         if job.method == "acdc":
-            baseline = BaselineSettings(threshold=job.threshold, ablation=plan.ablation)
+            baseline = BaselineSettings(threshold=job.threshold, **plan.removal)
             return discover(self.model, task, "acdc", settings=baseline).circuit
         changes = {"seed": job.seed, "ablation": plan.ablation}
         return discover(self.model, task, edges=job.size, settings=plan.settings.changed(changes)).circuit
@@ -114,9 +114,9 @@ class Sweep:
         if self._scores is None or self._scores[:2] != (method, seed):
             path = self.scores_path(method, seed)
             if path.exists():
-                scores = Scores.load(path, self.model.graph, self.plan.ablation)
+                scores = Scores.load(path, self.model.graph, **self.plan.removal)
             else:
-                scores = attribute(self.model, task, method, ablation=self.plan.ablation, seed=seed)
+                scores = attribute(self.model, task, method, seed=seed, **self.plan.removal)
                 scores.save(path)
             self._scores = method, seed, scores
         return self._scores[2]
@@ -125,7 +125,8 @@ class Sweep:
         """The task of a seed, and what its circuits are measured against; kept until another seed is asked for."""
         if self._task is None or self._task[0] != seed:
             task = self.task_of(seed)
-            self._task = seed, task, task_reference(self.model, self.plan.ablation, task, self.plan.split)
+            reference = task_reference(self.model, task=task, split=self.plan.split, **self.plan.removal)
+            self._task = seed, task, reference
         return self._task[1:]
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import fastcircuit
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import RunError
+from fastcircuit.models.masked import MaskedCausalLM
 from tests.cli.calls import QUICK, pairs, write_pairs
 
 
@@ -95,6 +96,21 @@ def test_an_interrupted_run_resumes_to_what_the_uninterrupted_one_finds(shelf, r
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
+def test_tensorboard_scalars_can_be_read_back(shelf, answer):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--tensorboard", "--out", "run"]
+    answer(*arguments)
+    events = accumulator.EventAccumulator("run/tensorboard")
+    events.Reload()
+    names = ("kl", "penalty", "edge_sparsity", "edge_target")
+    assert sorted(events.Tags()["scalars"]) == sorted(names)
+    history = load_file("run/masks.safetensors")["history"]
+    for column, name in enumerate(names, start=1):
+        written = events.Scalars(name)
+        assert [event.step for event in written] == [9, 11]
+        assert [event.value for event in written] == pytest.approx(history[[9, 11], column].tolist())
+
+
 BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "method": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --method magic", "no method 'magic'"),
@@ -147,6 +163,22 @@ def test_a_full_disk_leaves_nothing_half_written(shelf, run, full_disk):
     assert "No space left on device" in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith(f"error: cannot write {full_disk}/run/checkpoint.safetensors: ")
     assert [path for path in full_disk.rglob("*") if path.is_file()] == []
+
+
+def test_a_circuit_that_cannot_be_evaluated_is_kept(shelf, run, monkeypatch):
+    def final_read(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(MaskedCausalLM, "final_read", final_read)
+    code, out, err = run(
+        "discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--method", "random", "--edges", "9", "--out", "a"
+    )
+    assert (code, out) == (1, "")
+    assert err.splitlines()[0] == "out of memory in evaluation: going on with 1 examples at a time"
+    assert err.splitlines()[-1].startswith("error: evaluation: out of memory with one example at a time; ")
+    assert err.splitlines()[-1].endswith("; the circuit is in a/circuit.json, without metrics")
+    assert sorted(os.listdir("a")) == ["circuit.json", "masks.safetensors"]
+    assert (Circuit.load("a/circuit.json").num_edges, Circuit.load("a/circuit.json").metrics) == (9, {})
 
 
 def test_masks_are_not_left_without_their_circuit(shelf, run, monkeypatch):

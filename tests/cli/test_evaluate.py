@@ -1,11 +1,12 @@
 """``fastcircuit evaluate``."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from fastcircuit.circuit import Circuit
-from tests.cli.calls import pairs, write_pairs
+from tests.cli.calls import pairs, save_tiny, write_pairs
 
 
 def test_evaluate(shelf, finished, run, answer):
@@ -53,6 +54,22 @@ def test_analyses(shelf, finished, run, answer, tmp_path):
     assert code == 0
     assert "CPR" in out
     assert "incompleteness" in out
+
+
+def test_a_circuit_of_another_model_of_this_shape_is_warned_of(shelf, finished, run):
+    tail = ["--data", shelf / "pairs.jsonl"]
+    os.symlink(shelf / "gpt2", "same")
+    assert run("evaluate", "same", finished / "circuit.json", *tail)[::2] == (0, "")
+    save_tiny(Path("tuned"), "gpt2")
+    where = finished / "circuit.json"
+    line = f"warning: {where} was found in {shelf / 'gpt2'}, and is run on tuned; unless their weights are the same, "
+    code, out, err = run("evaluate", "tuned", where, *tail)
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith(line)
+    assert "accuracy" in out
+    code, _, err = run("compare", where, where, "--model", "tuned", "--tasks", shelf / "pairs.jsonl")
+    assert code == 0
+    assert [each.startswith(line) for each in err.splitlines() if "warning" in each] == [True, True]
 
 
 BAD_CALLS = {

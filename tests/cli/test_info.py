@@ -2,6 +2,8 @@
 
 import torch
 
+from fastcircuit.ops import backends, extension
+
 
 def test_info(run, answer):
     found = answer("info")
@@ -11,3 +13,14 @@ def test_info(run, answer):
     code, out, err = run("info")
     assert (code, err) == (0, "")
     assert all(name in out for name in (*found["models"], *found["tasks"]))
+
+
+def test_info_says_what_the_build_found_missing(run, answer, tmp_path, monkeypatch):
+    (tmp_path / "build_note.txt").write_text("building it failed: fatal error: Python.h\n")
+    monkeypatch.setattr(extension, "kernels", None)
+    monkeypatch.setattr(extension.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(backends, "missing_reason", backends.missing_reason.__wrapped__)  # which is cached
+    why = "fastcircuit._C is missing: building it failed: fatal error: Python.h. Install a C++17 compiler"
+    found = answer("info")
+    assert all(why in found[key][name] for key, name in (("backends", "cpu"), ("instruction_sets", "avx2")))
+    assert "building it failed: fatal error: Python.h" in " ".join(run("info")[1].replace("│", " ").split())

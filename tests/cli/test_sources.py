@@ -1,12 +1,15 @@
 """The model and the task of a command: what is wrong with them is said by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
+from fastcircuit.errors import InputError
+from fastcircuit.models.masked import MaskedCausalLM
 from tests.cli.calls import WORDS, save_tiny
 
 BAD_CALLS = {
@@ -130,3 +133,11 @@ def test_a_broken_model_is_refused(refuses, damage):
     save_tiny(Path("model"), "gpt2")
     damage(Path("model"))
     refuses("discover ./model --data {shelf}/pairs.jsonl", BROKEN_MODELS[damage])
+
+
+@pytest.mark.parametrize("damage", [damage for damage in BROKEN_MODELS if damage is not no_tokenizer])
+def test_from_pretrained_refuses_a_broken_model_alike(damage):
+    save_tiny(Path("model"), "gpt2")
+    damage(Path("model"))
+    with pytest.raises(InputError, match=re.escape(BROKEN_MODELS[damage])):
+        MaskedCausalLM.from_pretrained("./model")

@@ -12,12 +12,14 @@ from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import Settings, discover
 from fastcircuit.discovery.discovery import identity_of
 from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.joint import joint_pairs, with_pair
 from fastcircuit.discovery.parameters import warm_density
 from fastcircuit.discovery.presets import preset
 from fastcircuit.discovery.refine import Refiner
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.discovery.run import Run
+from fastcircuit.discovery.steppers import DynamicStepper
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.faithfulness import evaluate, mean_kl
 from fastcircuit.evaluation.reference import Reference
@@ -185,6 +187,24 @@ def test_nan_stops_the_run_with_the_step_and_keeps_the_last_good_checkpoint(mode
     resumed.resume(checkpoint)
     assert resumed.step_number == 15
     assert torch.isfinite(resumed.parameters.edge).all()
+
+
+def test_out_of_memory_in_the_update_keeps_the_last_good_checkpoint(model, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    whole = DynamicStepper.update
+
+    def update(self, step):
+        if step == 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        whole(self, step)
+
+    monkeypatch.setattr(DynamicStepper, "update", update)
+    run = EdgePruning(Reference(model, make_task().split("train")), 40, QUICK, execution=Execution("dynamic"))
+    with pytest.raises(RunError, match=r"step 20: out of memory in the update; free memory on cpu; the last good"):
+        run.run(checkpoint, checkpoint_every=15)
+    resumed = EdgePruning(Reference(model, make_task().split("train")), 40, QUICK)
+    resumed.resume(checkpoint)
+    assert resumed.step_number == 15
 
 
 def test_a_checkpoint_never_holds_nan(model, tmp_path):

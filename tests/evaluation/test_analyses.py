@@ -1,16 +1,22 @@
 """Faithfulness curves, completeness, cross-evaluation and recovery of known circuits, against what they are made of."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from fastcircuit.circuit import Circuit
+from fastcircuit.discovery import BaselineSettings, Scores, discover
+from fastcircuit.discovery.edge_faithfulness import edge_faithfulness
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.completeness import completeness
 from fastcircuit.evaluation.cross import cross_evaluate
 from fastcircuit.evaluation.curve import faithfulness_curve, grid
-from fastcircuit.evaluation.faithfulness import evaluate
+from fastcircuit.evaluation.faithfulness import evaluate, score
+from fastcircuit.evaluation.reference import Reference
 from fastcircuit.evaluation.truth import Truth, compare_with_truth, heads_rates, rates, roc, truth_roc
 from fastcircuit.graph import Graph
+from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 from tests.discovery.test_edge_pruning import make_task
 from tests.models.tiny import tiny_model
@@ -96,6 +102,26 @@ def test_cross_evaluation_has_every_circuit_on_every_task(model):
     assert by["intersection", "one"]["kl"] == by["b", "one"]["kl"]  # b is within a
     with pytest.raises(InputError, match="of one ablation"):
         cross_evaluate(model, {"a": circuits["a"], "z": Circuit.full(model.graph, ablation="zero")}, tasks)
+
+
+def test_the_output_bias_goes_where_the_circuit_says():
+    model, task = MaskedCausalLM(tiny_model("gpt2")), make_task()
+    settings = BaselineSettings(ablation="zero", output_bias="kept")
+    kept = discover(model, task, "random", sparsity=0.5, settings=settings).circuit
+    split = dataclasses.replace(kept, output_bias="split")
+    reference = Reference(model, task.split("test"), "zero", "kept")
+    expected = pytest.approx(score(reference, Masks.from_circuit(kept))["kl"])
+    found = evaluate(model, kept, task)
+    assert found["kl"] == expected != evaluate(model, split, task)["kl"]
+    assert edge_faithfulness(model, kept, task).whole == expected
+    assert cross_evaluate(model, {"kept": kept}, {"pairs": task})[1]["kl"] == expected
+    whole = completeness(model, kept, task, metric="logit_difference", subsets=0)["subsets"][0]["circuit"]
+    curve = faithfulness_curve(model, [kept], task, metric="logit_difference")
+    assert whole == curve.points[0]["logit_difference"] == found["logit_difference"]
+    scores = Scores(model.graph, kept.keep.astype(float), np.zeros(model.graph.num_writers), "zero", "kept")
+    assert {scores.circuit(5).output_bias, scores.node_circuit(2).output_bias} == {"kept"}
+    with pytest.raises(InputError, match=r"different ablations \(zero, zero with the output bias kept\)"):
+        cross_evaluate(model, {"kept": kept, "split": split}, {"pairs": task})
 
 
 def test_roc_by_hand():

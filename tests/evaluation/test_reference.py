@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.errors import InputError
+from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.cache import Budgets
-from fastcircuit.evaluation.faithfulness import evaluate
+from fastcircuit.evaluation.faithfulness import evaluate, mean_kl
 from fastcircuit.evaluation.metrics import accuracy, exact_match, kl_divergence, logit_difference
 from fastcircuit.evaluation.overlap import overlap
 from fastcircuit.evaluation.reference import Reference
@@ -128,6 +128,27 @@ def test_evaluate_equals_the_formulas(model):
     assert found["exact_match"] == pytest.approx(torch.stack(match).mean().item())
     assert found["logit_difference"] == pytest.approx(torch.stack(difference).mean().item())
     assert found["examples"] == len(examples)
+
+
+def test_out_of_memory_in_evaluation_halves_the_batches(model, monkeypatch):
+    task, notes = make_task(), []
+    circuit = Circuit(model.graph, np.random.default_rng(0).random(model.graph.num_edges) < 0.5)
+    expected, whole, most = evaluate(model, circuit, task), MaskedCausalLM.final_read, [4]
+
+    def final_read(self, token_ids, packing, *rest, **options):
+        if packing.shape[0] > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return whole(self, token_ids, packing, *rest, **options)
+
+    monkeypatch.setattr(MaskedCausalLM, "final_read", final_read)
+    assert evaluate(model, circuit, task, on_note=notes.append) == pytest.approx(expected)
+    assert notes == [f"out of memory in evaluation: going on with {size} examples at a time" for size in (5, 2)]
+    reference = Reference(model, task.split("test"))
+    assert mean_kl(reference, Masks.from_circuit(circuit)) == pytest.approx(expected["kl"])
+    assert reference.batch_size == 2  # kept for the next circuit
+    most[0] = 0
+    with pytest.raises(RunError, match="evaluation: out of memory with one example at a time; free memory on cpu"):
+        evaluate(model, circuit, task)
 
 
 def test_the_full_circuit_is_faithful(model):

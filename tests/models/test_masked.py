@@ -263,6 +263,28 @@ def test_bad_calls_say_what_is_wrong(case):
         model(**call)
 
 
+class Wrapped(torch.nn.Module):
+    """A model within another that shares its config, as PEFT's are."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model, self.config = model, model.config
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "tracr"])
+def test_what_is_no_causal_language_model_is_refused(name):
+    model = tiny_model(name)
+    kind, body = type(model).__name__, type(model.base_model).__name__
+    with pytest.raises(InputError, match=r"a Wrapped cannot be masked; .*\(gpt2, llama, .*merge_and_unload") as refusal:
+        MaskedCausalLM(Wrapped(model))
+    assert "\n" not in str(refusal.value)
+    if name != "tracr":  # its body is no model of its own
+        with pytest.raises(InputError, match=rf"a {body} cannot be masked; accepted: {kind},"):
+            MaskedCausalLM(model.base_model)
+    with pytest.raises(InputError, match="a Linear cannot be masked"):
+        MaskedCausalLM(torch.nn.Linear(2, 2))
+
+
 def test_positions_on_padding_are_refused():
     model = MaskedCausalLM(tiny_model("gpt2"))
     clean, _ = pair()

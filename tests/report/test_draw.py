@@ -1,5 +1,6 @@
 """Drawings: what the layout promises, and that each format holds what it should."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -150,6 +151,10 @@ class TestSvg:
         for part in ("ioi in gpt2", size, "interchange", "test: kl 0.21 · accuracy 0.89"):
             assert part in words(root)
         assert "seconds" not in words(root)
+
+    def test_the_caption_says_when_the_output_bias_is_kept(self, tmp_path: Path) -> None:
+        circuit = dataclasses.replace(CIRCUITS["stories"], ablation="zero", output_bias="kept")
+        assert "zero ablation, output bias kept" in words(read_svg(circuit, tmp_path))
 
     def test_empty_circuit_says_so(self, tmp_path: Path) -> None:
         assert "no edges" in words(read_svg(CIRCUITS["empty"], tmp_path))
