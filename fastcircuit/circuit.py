@@ -180,7 +180,7 @@ class Circuit:
         """
         from fastcircuit.formats import read
 
-        return read(path, graph).circuit
+        return read(path, graph, scores=False).circuit
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Circuit":

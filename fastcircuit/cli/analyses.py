@@ -16,6 +16,7 @@ class Analyses:
     Args:
         completeness: random subsets of the circuit; None: not asked for.
         edges: file for the KL without every edge, ``.csv``; a plot of the same name beside it.
+        most_examples: so many for that; None: all.
         scores: scores of all edges, to measure circuits of every size by.
         signed: rank edges by their score, negative ones last, instead of by its size.
         truth: a known circuit, by name or file.
@@ -24,6 +25,7 @@ class Analyses:
 
     completeness: int | None = None
     edges: Path | None = None
+    most_examples: int | None = None
     scores: Path | None = None
     signed: bool = False
     truth: str | None = None
@@ -35,6 +37,8 @@ class Analyses:
         """InputError for what no model could make right."""
         if self.edges is not None and self.edges.suffix != ".csv":
             raise InputError(f"--edge-faithfulness {self.edges} must end in .csv; the plot gets the same name")
+        if self.most_examples is not None and self.edges is None:
+            raise InputError("--most-examples says how many --edge-faithfulness measures on; give both")
         if self.scores is not None and not self.scores.is_file():
             raise InputError(f"scores file {self.scores} does not exist")
         if self.signed and self.scores is None:
@@ -78,10 +82,10 @@ class Analyses:
         return found
 
     def _faithfulness(self, model: Any, scores: Any, task: Any, split: str, watcher: Any) -> dict[str, Any]:
-        from fastcircuit.evaluation.curve import faithfulness_curve, grid
+        from fastcircuit.evaluation.curve import MIB_FRACTIONS, faithfulness_curve, grid
 
         sizes = grid(model.graph.num_edges)
-        circuits = (scores.circuit(size, absolute=not self.signed) for size in sizes)
+        circuits = (scores.top(size, absolute=not self.signed).pruned() for size in sizes)
         return faithfulness_curve(
             model,
             circuits,
@@ -92,6 +96,7 @@ class Analyses:
             seed=self.seed,
             on_circuit=lambda done: watcher.on_progress("curve", done, len(sizes) - 1),
             on_note=watcher.on_note,
+            fractions=MIB_FRACTIONS,
         ).to_dict()
 
     def _edges(self, model: Any, circuit: Any, task: Any, split: str, watcher: Any) -> dict[str, Any]:
@@ -101,7 +106,12 @@ class Analyses:
 
         assert self.edges is not None
         measured = edge_faithfulness(
-            model, circuit, task, split, on_batch=lambda done, most: watcher.on_progress("edges", done, most)
+            model,
+            circuit,
+            task,
+            split,
+            self.most_examples,
+            on_batch=lambda done, most: watcher.on_progress("edges", done, most),
         )
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")

@@ -48,6 +48,14 @@ def discover(
     threshold: Annotated[
         float | None, typer.Option(help="acdc: KL rise from which an edge stays; attributions: least score to keep.")
     ] = None,
+    keep_dangling: Annotated[
+        bool,
+        typer.Option("--keep-dangling", help="Not edge-pruning: keep edges that lead nowhere or carry nothing, too."),
+    ] = False,
+    most_examples: Annotated[
+        int | None,
+        typer.Option(help="Not edge-pruning: pairs to work on, the first. Default: all.", show_default=False),
+    ] = None,
     loss: Annotated[
         str | None, typer.Option(help="Attributions: kl, logit-difference or nll. Default: kl, and for eap the second.")
     ] = None,
@@ -96,6 +104,7 @@ def discover(
 
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "warm_start": warm_start, "nodes": nodes}
     given |= {"threshold": threshold, "loss": loss, "ablation": ablation, "seed": seed}
+    given |= {"most_examples": most_examples, "pruned": False if keep_dangling else None}
     given["upstream_compat"] = upstream_compat or None
     settings = settings_for(method, preset, {name: value for name, value in given.items() if value is not None})
     if method != "edge-pruning":

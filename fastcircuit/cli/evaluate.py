@@ -40,7 +40,9 @@ def evaluate(
     scores: Annotated[
         Path | None,
         typer.Option(
-            help="A discovery's masks.safetensors: faithfulness at every size, CPR and CMD.", show_default=False
+            help="A discovery's masks.safetensors, or a scored circuit of another tool: faithfulness at every size, "
+            "CPR and CMD.",
+            show_default=False,
         ),
     ] = None,
     signed: Annotated[bool, typer.Option("--signed", help="Rank --scores by value, not by size.")] = False,
@@ -50,6 +52,9 @@ def evaluate(
     edge_faithfulness: Annotated[
         Path | None,
         typer.Option(help="Remove every edge alone, from circuit and model; write this .csv and a plot beside it."),
+    ] = None,
+    most_examples: Annotated[
+        int | None, typer.Option(help="Examples for --edge-faithfulness. Default: all.", min=1, show_default=False)
     ] = None,
     truth: Annotated[
         str | None, typer.Option(help="Known circuit to compare with: a file, or a manual circuit by name.")
@@ -72,7 +77,9 @@ def evaluate(
 
     names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
     check_names(names)
-    analyses = Analyses(completeness, edge_faithfulness, scores, signed, truth, bootstrap, confidence, seed)
+    analyses = Analyses(
+        completeness, edge_faithfulness, most_examples, scores, signed, truth, bootstrap, confidence, seed
+    )
     analyses.check()
     loaded = None if embedding_nodes else Circuit.load(circuit)
     if loaded and task is None and data is None:

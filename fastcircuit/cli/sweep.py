@@ -100,6 +100,7 @@ def sweep(
         thresholds=tuple(_listed(thresholds, float, "thresholds")),
         seeds=tuple(_listed(seeds, int, "seeds")),
         settings=(preset_settings(preset) if preset else Settings()).changed(changes),
+        preset=preset,
         split=split,
         train_size=train_size,
         test_size=test_size,
@@ -118,11 +119,12 @@ def sweep(
         else:
             running.run(on_run)
     files = [*write_tables(running, out, known), *write_plots(running, out, known)]
-    rows = summary(circuit_rows(running))
+    rows = summary(circuit_rows(running, known))
     if as_json:
         print_json({"sweep": rows, "files": [str(path) for path in files]})
     else:
-        stdout.print(sweep_table(rows, plan.task, plan.split))
+        if rows:
+            stdout.print(sweep_table(rows, plan.task, plan.split))
         stdout.print("wrote " + ", ".join(str(path) for path in files), soft_wrap=True)
 
 

@@ -22,7 +22,6 @@ from fastcircuit.discovery.scores import check_computed
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.reference import Reference
 
-MOST_EXAMPLES = 256
 BATCH_BYTES = 2**28
 COPY_BYTES = 2**24
 COLUMNS = ("edge", "rise", "removed", "kl")
@@ -46,7 +45,7 @@ class AcdcResult:
 
 
 def acdc(reference: Reference, threshold: float, on_edge: OnEdge | None = None) -> AcdcResult:
-    """Decide over every edge, on the first MOST_EXAMPLES examples of ``reference``.
+    """Decide over every edge, on all examples of ``reference``, whose clean and corrupted runs are held in memory.
 
     Args:
         threshold: nats.
@@ -70,7 +69,7 @@ class _Search:
     def __init__(self, reference: Reference, threshold: float, on_edge: OnEdge | None) -> None:
         self.graph, self.threshold, self.on_edge = reference.model.graph, threshold, on_edge
         self.keep = np.ones(self.graph.num_edges, dtype=bool)
-        points = clean_points(reference.first(MOST_EXAMPLES), "kl", BATCH_BYTES)
+        points = clean_points(reference, "kl", BATCH_BYTES)
         self.runs = [IncrementalRun(point, self.keep) for point in points]
         self.examples = sum(run.point.batch.size for run in self.runs)
         tokens = max(run.num_tokens for run in self.runs)

@@ -16,7 +16,7 @@ from fastcircuit.errors import InputError, check_seed
 from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.models.masked import MaskedCausalLM
-from fastcircuit.tasks.task import Task
+from fastcircuit.tasks.task import Examples, Task
 
 METHODS = (*attribution.METHODS, "acdc")
 DEFAULT_SPARSITY = 0.95
@@ -35,6 +35,9 @@ class BaselineSettings:
         threshold: ``acdc``: the KL rise, in nats, from which an edge stays (None: 0.01); attributions: keep every edge
             that scores at least this, instead of a number of edges.
         signed: rank edges by their score, negative ones last, instead of by its size.
+        pruned: edges that cannot matter (see :meth:`Circuit.pruned`) are not kept, and do not count; False: keep what
+            the scores or ACDC's decisions say, dangling edges included.
+        most_examples: work on so many train examples, the first; None: on all. ACDC holds all of them in memory.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         seed: of ``random``.
     """
@@ -44,12 +47,16 @@ class BaselineSettings:
     nodes: int | None = None
     threshold: float | None = None
     signed: bool = False
+    pruned: bool = True
+    most_examples: int | None = None
     ablation: Ablation = "interchange"
     output_bias: str = "split"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.most_examples is not None and self.most_examples < 1:
+            raise InputError(f"most_examples is {self.most_examples}; it must be at least 1")
         for name, accepted in (("ablation", ABLATIONS), ("output_bias", OUTPUT_BIAS)):
             if getattr(self, name) not in accepted:
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
@@ -88,7 +95,7 @@ def find(
     if method == "acdc":
         reference = Reference(
             model,
-            task.split("train"),
+            _train(task, settings),
             settings.ablation,
             settings.output_bias,
             task.answer_tokens,
@@ -97,7 +104,8 @@ def find(
         found = greedy.acdc(reference, _acdc_threshold(settings), _reporter(method, on_progress))
         nodes = node_scores(model.graph, found.rises)
         scores = Scores(model.graph, found.rises, nodes, settings.ablation, settings.output_bias)
-        return Circuit(model.graph, found.keep, ablation=settings.ablation).pruned(), scores, found.history
+        circuit = Circuit(model.graph, found.keep, ablation=settings.ablation)
+        return circuit.pruned() if settings.pruned else circuit, scores, found.history
     scores = scores_of(model, task, method, settings, on_progress)
     return choose(scores), scores, np.zeros((0, len(greedy.COLUMNS)))
 
@@ -108,7 +116,7 @@ def scores_of(
     """The scores of an attribution on the train split."""
     return attribution.attribute(
         model,
-        task,
+        dataclasses.replace(task, splits={**task.splits, "train": _train(task, settings)}),
         method,
         loss=settings.loss,
         ig_steps=settings.ig_steps,
@@ -117,6 +125,10 @@ def scores_of(
         seed=settings.seed,
         on_batch=_reporter(method, on_progress),
     )
+
+
+def _train(task: Task, settings: BaselineSettings) -> Examples:
+    return task.split("train").select(slice(settings.most_examples))
 
 
 def _reporter(method: str, on_progress: OnProgress | None) -> Callable[..., None]:
@@ -144,13 +156,13 @@ def _choice(
         nodes = settings.nodes
         if not 1 <= nodes <= graph.num_writers:
             raise InputError(f"nodes is {nodes}; this model has 1 to {graph.num_writers} writers to keep")
-        return lambda scores: scores.node_circuit(nodes, absolute=absolute)
+        return lambda scores: scores.node_circuit(nodes, absolute=absolute, pruned=settings.pruned)
     if settings.threshold is not None:
-        return lambda scores: scores.circuit(threshold=settings.threshold, absolute=absolute)
+        return lambda scores: scores.circuit(threshold=settings.threshold, absolute=absolute, pruned=settings.pruned)
     if edges is None:
         edges = edges_for_sparsity(graph, DEFAULT_SPARSITY if sparsity is None else sparsity)
     check_num_edges(graph, edges)
-    return lambda scores: scores.circuit(edges, absolute=absolute)
+    return lambda scores: scores.circuit(edges, absolute=absolute, pruned=settings.pruned)
 
 
 def _acdc_threshold(settings: BaselineSettings) -> float:

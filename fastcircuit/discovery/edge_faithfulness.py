@@ -26,7 +26,6 @@ from fastcircuit.tasks.task import Task
 
 BATCH_BYTES = 2**28
 COPY_BYTES = 2**26
-MOST_EXAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,27 @@ def edge_faithfulness(
     circuit: Circuit,
     task: Task,
     split: str = "test",
-    most_examples: int = MOST_EXAMPLES,
+    most_examples: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EdgeFaithfulness:
-    """Measure every edge of ``circuit`` on the first ``most_examples`` of a split.
+    """Measure every edge of ``circuit`` on a split.
 
     Args:
+        most_examples: on so many of its examples, the first; None: on all.
         on_batch: called with the examples done and how many there are.
 
     Raises:
-        InputError: a circuit of another model, or without edges.
+        InputError: a circuit of another model, or without edges; no examples.
         RunError: a KL is not finite.
     """
+    if most_examples is not None and most_examples < 1:
+        raise InputError(f"most_examples is {most_examples}; it must be at least 1")
     check_circuit_fits(model, circuit)
     if not circuit.num_edges:
         raise InputError("the circuit has no edges; there is nothing to remove")
     reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, Budgets(0, 0))
-    reference = reference.first(most_examples)
+    if most_examples is not None:
+        reference = reference.first(most_examples)
     of_model, of_circuit = np.zeros(circuit.graph.num_edges), np.zeros(circuit.graph.num_edges)
     whole, done = 0.0, 0
     for point in clean_points(reference, "kl", BATCH_BYTES):

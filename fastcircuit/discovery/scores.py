@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.discovery.rounding import check_num_edges, top_circuit
 from fastcircuit.errors import InputError, RunError
-from fastcircuit.files import write_atomically
+from fastcircuit.formats import read, score_file
+from fastcircuit.formats.conventions import describe
 from fastcircuit.graph import FINAL_READ, Graph
 
 
@@ -25,6 +23,7 @@ class Scores:
         node: float64 ``[num_writers]`` in the order of ``graph.writers``.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
         log_alpha: the scores are Edge Pruning's log-alphas, of which the lowest are removed first, not the smallest.
+        seconds: that computing them took, if that is known.
 
     Raises:
         InputError: a wrong shape, or a score that is NaN.
@@ -36,6 +35,7 @@ class Scores:
     ablation: Ablation = "interchange"
     output_bias: str = "split"
     log_alpha: bool = False
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         names = {"edge": self.graph.num_edges, "node": self.graph.num_writers}
@@ -82,8 +82,12 @@ class Scores:
         check_num_edges(self.graph, edges)
         if pruned:
             return self._circuit(top_circuit(self.graph, ranking, edges, self.ablation).keep)
+        return self.top(edges, absolute=absolute)
+
+    def top(self, edges: int, *, absolute: bool = True) -> Circuit:
+        """The ``edges`` best edges and no others, whether they can matter or not; there may be 0 of them."""
         keep = np.zeros(self.graph.num_edges, dtype=bool)
-        keep[np.argsort(-ranking, kind="stable")[:edges]] = True
+        keep[np.argsort(-self.ranking(absolute), kind="stable")[:edges]] = True
         return self._circuit(keep)
 
     def node_circuit(self, nodes: int, *, absolute: bool = True, pruned: bool = True) -> Circuit:
@@ -111,9 +115,7 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``edge`` and ``node`` as safetensors."""
-        tensors = {"edge": torch.from_numpy(self.edge.copy()), "node": torch.from_numpy(self.node.copy())}
-        metadata = {"format": "fastcircuit.scores/1"}
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        score_file.save(path, score_file.ScoreFile(self.edge, self.node, self.log_alpha, self.seconds))
 
     @classmethod
     def load(
@@ -123,23 +125,31 @@ class Scores:
         ablation: Ablation = "interchange",
         output_bias: str = "split",
     ) -> "Scores":
-        """Read what :meth:`save` wrote, or a discovery's ``masks.safetensors``.
+        """Read what :meth:`save` wrote, a discovery's ``masks.safetensors``, or a scored circuit, ``.json[.gz]``.
+
+        Writers without scores of their own get the sums of their edges' (see :func:`node_scores`).
 
         Raises:
             InputError: no such file, no scores in it, scores of another graph, or a score that is NaN.
         """
-        if not Path(path).is_file():
-            raise InputError(f"scores file {path} does not exist")
+        found = _of_circuit(path, graph) if Path(path).suffix in (".json", ".gz") else score_file.load(path)
         try:
-            with safe_open(path, "pt") as file:
-                edge, node = (file.get_tensor(name).double().numpy() for name in ("edge", "node"))
-                columns = (file.metadata() or {}).get("columns", "")
-        except (SafetensorError, OSError, KeyError) as error:
-            raise InputError(f"scores file {path} cannot be read: {error}; it needs tensors edge and node") from None
-        try:
-            return cls(graph, edge, node, ablation, output_bias, log_alpha=columns.startswith("step,"))
+            check_finite(graph, found.edge)
+            node = node_scores(graph, found.edge) if found.node is None else found.node
+            return cls(graph, found.edge, node, ablation, output_bias, found.log_alpha, found.seconds)
         except InputError as error:
             raise InputError(f"scores file {path}: {error}") from None
+
+
+def _of_circuit(path: str | os.PathLike[str], graph: Graph) -> score_file.ScoreFile:
+    """The scores that a circuit of this or another tool has over ``graph``."""
+    file = read(path, graph)
+    if file.edge_scores is None:
+        raise InputError(
+            f"circuit file {path} holds no scores over {describe(graph)}; give one that does, or masks.safetensors "
+            "(scores are not taken from one way to count embeddings to another: --embedding-nodes)"
+        )
+    return score_file.ScoreFile(file.edge_scores, file.node_scores, file.log_alpha)
 
 
 def node_scores(graph: Graph, edge: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 ``f(C) = (m(C) - m(nothing)) / (m(model) - m(nothing))``: the share of the model's metric m that a circuit recovers,
 where nothing is the circuit without edges. CPR, "circuit performance ratio", is the area under f over the fraction of
-edges kept; CMD, "circuit-model distance", that under ``|1 - f|``: trapezoids between the sizes measured.
+edges kept; CMD, "circuit-model distance", that under ``|1 - f|``: trapezoids between the sizes measured. As in MIB, the
+fraction is the nominal one of the grid: of the best ``int(fraction * edges)`` edges, those that cannot matter go too.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,8 @@ class Faithfulness:
     Args:
         metric: its name.
         model, nothing: the metric of the full model and of the circuit without edges.
-        points: one row per circuit, ascending: ``edges``, ``fraction`` (of all edges), the metric, ``faithfulness``.
+        points: one row per circuit, ascending: ``edges``, ``fraction`` (of all edges; nominal, if those were given),
+            the metric, ``faithfulness``.
         cpr, cmd: the areas, between the smallest and the largest fraction; with their intervals' bounds where those
             were asked for.
     """
@@ -56,8 +58,8 @@ class Faithfulness:
 
 
 def grid(total: int, fractions: Sequence[float] = MIB_FRACTIONS) -> list[int]:
-    """Edges kept at every fraction of ``total``, at least one; sizes that coincide are given once."""
-    return sorted({max(1, round(fraction * total)) for fraction in fractions})
+    """Edges taken at every fraction of ``total``, rounded down as MIB does: none, where that is less than one."""
+    return [int(fraction * total) for fraction in fractions]
 
 
 def faithfulness_curve(
@@ -71,10 +73,12 @@ def faithfulness_curve(
     seed: int = 0,
     on_circuit: Callable[[int], None] | None = None,
     on_note: OnNote | None = None,
+    fractions: Sequence[float] | None = None,
 ) -> Faithfulness:
     """Faithfulness of a family of circuits; the full model is always one of them.
 
     Args:
+        fractions: of all edges, one per circuit, ascending: where the areas have them; None: the fractions they keep.
         metric: one that the full model has too; None: the task's (see ``registry.performance_metric``).
         resamples: bootstrap resamples of the examples, for intervals of the areas; 0: none.
         on_circuit: called with the circuits measured so far, the full model not counted.
@@ -84,7 +88,7 @@ def faithfulness_curve(
         InputError: a circuit of another model, circuits of several ablations, a metric that the task has not got, or
             one that the full model has no more of than the circuit without edges.
     """
-    family = _family(model, circuits)
+    family, shares = _family(model, circuits, fractions)
     reference = task_reference(model, family[0].ablation, task, split, family[0].output_bias, on_note=on_note)
     name = _checked_metric(metric, Question.of(reference, task))
     empty = Circuit(model.graph, np.zeros(model.graph.num_edges, dtype=bool), ablation=family[0].ablation)
@@ -97,29 +101,35 @@ def faithfulness_curve(
             on_circuit(len(values))
     table = np.stack([nothing, *values, whole])  # [circuits, examples]
     means = np.nanmean(table, axis=1)
-    fractions = np.array([circuit.num_edges for circuit in family]) / model.graph.num_edges
     recovered = _recovered(means)
     points = [
         {"edges": circuit.num_edges, "fraction": float(fraction), name: float(mean), "faithfulness": float(share)}
-        for circuit, fraction, mean, share in zip(family, fractions, means[1:], recovered, strict=True)
+        for circuit, fraction, mean, share in zip(family, shares, means[1:], recovered, strict=True)
     ]
-    areas = _areas(fractions, recovered)
+    areas = _areas(shares, recovered)
     if not resamples:
         return Faithfulness(name, float(means[-1]), float(means[0]), points, *map(float, areas))
-    low, high = _bounds(table, fractions, resamples, confidence, seed)
+    low, high = _bounds(table, shares, resamples, confidence, seed)
     intervals = [Interval(float(mean), float(a), float(b)) for mean, a, b in zip(areas, low, high, strict=True)]
     return Faithfulness(name, float(means[-1]), float(means[0]), points, *intervals)
 
 
-def _family(model: MaskedCausalLM, circuits: Iterable[Circuit]) -> list[Circuit]:
-    """The circuits, smallest first, and the full model behind them."""
+def _family(
+    model: MaskedCausalLM, circuits: Iterable[Circuit], fractions: Sequence[float] | None
+) -> tuple[list[Circuit], np.ndarray]:
+    """The circuits, smallest first, and the full model behind them; and the fraction of all edges of each."""
     family = sorted(circuits, key=lambda circuit: circuit.num_edges)
+    if fractions is not None and (len(fractions) != len(family) or sorted(fractions) != list(fractions)):
+        raise InputError(f"{len(fractions)} fractions for {len(family)} circuits; give one each, ascending")
     ablation, output_bias = shared_ablation(family)
     for circuit in family:
         check_circuit_fits(model, circuit)
-    if family[-1].num_edges < model.graph.num_edges:
+    total = model.graph.num_edges
+    kept = list(fractions) if fractions is not None else [circuit.num_edges / total for circuit in family]
+    if family[-1].num_edges < total:
         family.append(Circuit.full(model.graph, ablation=ablation, output_bias=output_bias))
-    return family
+        kept.append(1.0)
+    return family, np.array(kept)
 
 
 def _checked_metric(name: str | None, question: Question) -> str:

@@ -20,6 +20,7 @@ class CircuitFile:
         circuit: the edges that the file keeps.
         edge_scores: float64 ``[num_edges]`` in the order of ``circuit.graph.edges``, as the tool gave them.
         node_scores: float64 ``[num_writers]``.
+        log_alpha: the scores are Edge Pruning's log-alphas, of which the lowest are removed first, not the smallest.
         about: the tool's own fields, for writing the file as it was.
     """
 
@@ -28,6 +29,7 @@ class CircuitFile:
     edge_scores: np.ndarray | None = None
     node_scores: np.ndarray | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    log_alpha: bool = False
 
     @property
     def graph(self) -> Graph:
@@ -45,7 +47,7 @@ class CircuitFile:
             )
         if not 1 <= edges <= self.graph.num_edges:
             raise InputError(f"edges is {edges}; this graph has 1 to {self.graph.num_edges} edges to keep")
-        ranking = np.abs(self.edge_scores) if absolute else self.edge_scores
+        ranking = np.abs(self.edge_scores) if absolute and not self.log_alpha else self.edge_scores
         keep = np.zeros(self.graph.num_edges, dtype=bool)
         keep[np.argsort(-ranking, kind="stable")[:edges]] = True
         return replace(self.circuit, keep=keep)

@@ -9,6 +9,7 @@ writer, ``input``; every query head has key and value inputs of its own. Circuit
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,21 @@ def parse(value: Mapping[str, Any], graph: Graph | None) -> CircuitFile:
 
 
 def dump(file: CircuitFile) -> dict[str, Any]:
-    """The file as it was read, or a new one; edges without a score have 0, as in EAP-IG's own unscored graphs."""
+    """The file as it was read, or a new one; edges without a score have 0, as in EAP-IG's own unscored graphs.
+
+    EAP-IG ranks by size: instead of log-alphas, of which the most negative count least, their exponentials are written.
+    """
+    if file.log_alpha:
+        edge, node = (None if scores is None else np.exp(scores) for scores in (file.edge_scores, file.node_scores))
+        file = replace(file, edge_scores=edge, node_scores=node, log_alpha=False)
     circuit = file.circuit
     scored = file.edge_scores is not None
     own = Graph(circuit.graph.num_layers, circuit.graph.num_heads, circuit.graph.num_heads, "joint")
     if scored and circuit.graph != own:
-        raise InputError("scores cannot be taken to EAP-IG's graph (one input node, keys and values per query head)")
+        raise InputError(
+            "scores cannot be taken to EAP-IG's graph (one input node, keys and values per query head); leave them out "
+            "(convert --no-scores)"
+        )
     names, ids = edge_names(own)
     keep = to_graph(circuit, own).keep[ids].tolist()
     scores = file.edge_scores[ids].tolist() if file.edge_scores is not None else [0.0] * len(names)

@@ -1,4 +1,9 @@
-"""``edges.json`` of the Edge Pruning code: ``[["a0.h1", "a3.h2.q"], ["m3", "resid_post"], ...]``, kept edges only."""
+"""``edges.json`` of the Edge Pruning code: ``[["a0.h1", "a3.h2.q"], ["m3", "resid_post"], ...]``, kept edges only.
+
+That code counts the embeddings as the architecture has tables: ``tok_embeds`` and ``pos_embeds`` in GPT-2, ``embeds``
+in Llama. Circuits are written so; one over embedding nodes ``none`` with all edges of the embeddings, which is the same
+circuit. A list without any would be read as one that removes them all.
+"""
 
 import dataclasses
 from typing import Any
@@ -31,5 +36,25 @@ def parse(edges: list[Any], graph: Graph | None) -> CircuitFile:
 
 
 def dump(file: CircuitFile) -> list[list[str]]:
-    """The kept edges in canonical order."""
-    return [list(edge) for edge in file.circuit.edges]
+    """The kept edges in canonical order, over the published code's own graph of the model.
+
+    Raises:
+        InputError: the circuit does not say of which architecture it is, or keeps one of two embeddings that are one.
+    """
+    circuit = file.circuit
+    own = dataclasses.replace(circuit.graph, embedding_nodes=_published_nodes(circuit))
+    return [list(edge) for edge in to_graph(circuit, own).edges]
+
+
+def _published_nodes(circuit: Circuit) -> EmbeddingNodes:
+    graph, architecture = circuit.graph, circuit.model.get("architecture")
+    if architecture is not None:
+        return "split" if architecture in ("gpt2", "tracr") else "joint"
+    if graph.num_kv_heads < graph.num_heads:
+        return "joint"
+    if graph.embedding_nodes == "split":
+        return "split"
+    raise InputError(
+        f"it counts embeddings as {graph.embedding_nodes!r} and does not say of which model it is, and edge-pruning "
+        "lists have two embeddings for GPT-2 and one for Llama; name it (convert --model)"
+    )

@@ -39,8 +39,8 @@ def load_model(
     return masked
 
 
-def load_graph(name: str, embedding_nodes: EmbeddingNodes = "split") -> Graph:
-    """The graph of a model, from its config alone; InputError when there is none or it is unsupported."""
+def load_config(name: str) -> Any:
+    """A model's Hugging Face config alone; InputError when there is none or it is unsupported."""
     path = locate(name)
     try:
         with quiet():
@@ -48,7 +48,12 @@ def load_graph(name: str, embedding_nodes: EmbeddingNodes = "split") -> Graph:
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise InputError(f"cannot load the config of {name!r}: {first_line(error)}") from error
     check_supported(config)
-    return Graph.from_config(config, embedding_nodes)
+    return config
+
+
+def load_graph(name: str, embedding_nodes: EmbeddingNodes = "split") -> Graph:
+    """The graph of a model, from its config alone."""
+    return Graph.from_config(load_config(name), embedding_nodes)
 
 
 def shapes_of_model(name: str, dtype: str = "float32", embedding_nodes: EmbeddingNodes = "split") -> MaskedCausalLM:

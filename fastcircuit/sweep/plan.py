@@ -9,6 +9,7 @@ from fastcircuit.circuit import Ablation
 from fastcircuit.discovery import attribution
 from fastcircuit.discovery.acdc import check_threshold
 from fastcircuit.discovery.discovery import METHODS as CIRCUIT_METHODS
+from fastcircuit.discovery.presets import edge_target
 from fastcircuit.discovery.rounding import edges_for_sparsity
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError, check_seed
@@ -60,6 +61,8 @@ class Plan:
         thresholds: of ACDC, nats.
         seeds: each decides its task's pairs and splits, and everything random in the method.
         settings: Edge Pruning's; their ablation, what a removed edge carries, is that of every method.
+        preset: the experiment that ``settings`` are of; where the paper varied the edge target, every size gets its own
+            (see :func:`fastcircuit.discovery.presets.edge_target`).
         split: what is measured on.
         train_size, test_size: pairs of these splits; None: the task's own numbers.
         dtype, embedding_nodes: the model was loaded with, for the record.
@@ -75,6 +78,7 @@ class Plan:
     thresholds: tuple[float, ...] = THRESHOLDS
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: Settings = dataclasses.field(default_factory=Settings)
+    preset: str | None = None
     split: str = "test"
     train_size: int | None = None
     test_size: int | None = None
@@ -111,6 +115,14 @@ class Plan:
                 else:
                     yield from (Job(method, seed, size) for size in sizes)
 
+    def settings_of(self, job: Job, graph: Graph) -> Settings:
+        """Edge Pruning's in one run."""
+        changes: dict[str, Any] = {"seed": job.seed}
+        if self.preset is not None and job.size is not None:
+            target = edge_target(self.preset, 1 - job.size / graph.num_edges)
+            changes |= {} if target is None else {"edge_target": target}
+        return self.settings.changed(changes)
+
     @property
     def ablation(self) -> Ablation:
         """What a removed edge carries."""
@@ -130,7 +142,7 @@ class Plan:
     def fixed(self) -> dict[str, Any]:
         """What all runs in one directory share, as JSON would have it: all but methods, sizes and seeds."""
         settings = {key: value for key, value in self.settings.to_dict().items() if key != "seed"}
-        named = ("model", "task", "split", "train_size", "test_size", "dtype", "embedding_nodes")
+        named = ("model", "task", "preset", "split", "train_size", "test_size", "dtype", "embedding_nodes")
         return {**{name: getattr(self, name) for name in named}, **settings}
 
 

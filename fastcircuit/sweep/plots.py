@@ -1,17 +1,16 @@
 """The papers' plots of a sweep: metrics against sparsity, accuracy against size, alpha against size, ROC."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastcircuit.circuit import Circuit
-from fastcircuit.discovery import Scores
 from fastcircuit.evaluation.registry import METRICS
-from fastcircuit.evaluation.truth import Truth, compare_with_truth, truth_roc
+from fastcircuit.evaluation.truth import Truth
 from fastcircuit.report.plots import Line, Panel, save_plot
 from fastcircuit.sweep.plan import EXTRACTION, METHODS, is_attribution
+from fastcircuit.sweep.recovery import curve_through, method_curves
 from fastcircuit.sweep.runner import Sweep
 from fastcircuit.sweep.tables import circuit_rows, extraction_rows
 
@@ -19,16 +18,18 @@ ABLATION_LABELS = {"mean": "mean ablation", "zero": "zero ablation"}
 
 
 def write_plots(sweep: Sweep, directory: Path, truth: Truth | None = None) -> list[Path]:
-    """Write ``circuits``, ``extraction`` and, with a known circuit, ``roc``, each as ``.svg`` and ``.png``."""
+    """Write ``circuits`` and ``extraction``, with a known circuit ``roc`` and ``extraction_roc``, as SVG and PNG."""
     plan, written = sweep.plan, []
     title = f"{Path(plan.model).name}, {Path(plan.task).stem}, {plan.split} split"
-    rows, extracted = circuit_rows(sweep), extraction_rows(sweep)
+    rows, extracted = circuit_rows(sweep), extraction_rows(sweep, truth)
     if rows:
         written += save_plot(circuit_panels(rows), directory / "circuits", f"{title}: circuits")
     if extracted:
         written += save_plot(extraction_panels(extracted), directory / "extraction", f"{title}: extracted models")
-    if truth is not None and rows:
-        written += save_plot(roc_panels(sweep, truth), directory / "roc", f"{title}: the known circuit recovered")
+    if truth is not None:
+        for name, panels in (("roc", roc_panels(sweep, truth)), ("extraction_roc", extraction_roc_panels(extracted))):
+            if panels:
+                written += save_plot(panels, directory / name, f"{title}: the known circuit recovered")
     return written
 
 
@@ -73,19 +74,16 @@ def _seeds_line(rows: Sequence[dict[str, Any]], method: str, name: str) -> Line:
 def extraction_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     """Accuracy against size and size against the threshold alpha, means over seeds (circuit extraction, figs. 2, 3)."""
     by_size, by_alpha = [], []
-    for style, ablation in enumerate(sorted({row["ablation"] for row in rows})):
-        for mlps in sorted({row["mlps"] for row in rows}):
-            some = [row for row in rows if (row["ablation"], row["mlps"]) == (ablation, mlps)]
-            label = f"{ABLATION_LABELS[ablation]}, {'heads and MLPs' if mlps else 'heads alone'}"
-            alphas = sorted({row["threshold"] for row in some})
-            means = [
-                [float(np.mean([row[name] for row in some if row["threshold"] == alpha])) for alpha in alphas]
-                for name in ("size", "accuracy")
-            ]
-            order = np.argsort(means[0], kind="stable")
-            sizes, accuracies = (np.array(values) for values in means)
-            by_size.append(Line(label, 100 * sizes[order], accuracies[order], style=style, dashed=not mlps))
-            by_alpha.append(Line(label, alphas, 100 * sizes, style=style, dashed=not mlps))
+    for some, label, style, mlps in _extracted(rows):
+        alphas = sorted({row["threshold"] for row in some})
+        means = [
+            [float(np.mean([row[name] for row in some if row["threshold"] == alpha])) for alpha in alphas]
+            for name in ("size", "accuracy")
+        ]
+        order = np.argsort(means[0], kind="stable")
+        sizes, accuracies = (np.array(values) for values in means)
+        by_size.append(Line(label, 100 * sizes[order], accuracies[order], style=style, dashed=not mlps))
+        by_alpha.append(Line(label, alphas, 100 * sizes, style=style, dashed=not mlps))
     full = float(np.mean([row["model_accuracy"] for row in rows]))
     return [
         Panel("parameters that remain, % (no embeddings)", "accuracy", by_size, level=("full model", full)),
@@ -93,26 +91,50 @@ def extraction_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     ]
 
 
+def _extracted(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str, int, bool]]:
+    """The rows of every ablation, with MLPs and without; what to call them, their style, and whether MLPs could go."""
+    for style, ablation in enumerate(sorted({row["ablation"] for row in rows})):
+        for mlps in sorted({row["mlps"] for row in rows}):
+            some = [row for row in rows if (row["ablation"], row["mlps"]) == (ablation, mlps)]
+            yield some, f"{ABLATION_LABELS[ablation]}, {'heads and MLPs' if mlps else 'heads alone'}", style, mlps
+
+
 def roc_panels(sweep: Sweep, truth: Truth) -> list[Panel]:
     """ROC curves of edges and of heads and MLPs, first seed: from scores, or through the circuits of every size."""
+    methods = dict.fromkeys(job.method for job in sweep.finished if job.method != EXTRACTION)
+    curves = {method: method_curves(sweep, truth, method, sweep.plan.seeds[0]) for method in methods}
     panels = []
     for kind, label in (("edges", "edges"), ("nodes", "heads and MLPs")):
-        if kind == "edges" and truth.edges is None:
-            continue
-        methods = dict.fromkeys(job.method for job in sweep.finished if job.method != EXTRACTION)
-        lines = [_roc_line(sweep, method, truth, kind) for method in methods]
-        panels.append(Panel("false positive rate", "true positive rate", lines, title=label, diagonal=True))
+        lines = []
+        for method, found in curves.items():
+            curve = found[kind]
+            if curve is not None:
+                dashed = not is_attribution(method)
+                lines.append(Line(method, curve.fpr, curve.tpr, style=METHODS.index(method), dashed=dashed))
+        if lines:
+            panels.append(_roc_panel(lines, label))
     return panels
 
 
-def _roc_line(sweep: Sweep, method: str, truth: Truth, kind: str) -> Line:
-    seed, style = sweep.plan.seeds[0], METHODS.index(method)
-    if is_attribution(method):
-        scores = Scores.load(sweep.scores_path(method, seed), sweep.model.graph, sweep.plan.ablation)
-        curve = truth_roc(scores.ranking(), scores.node_ranking(), truth)[kind]
+def extraction_roc_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
+    """ROC curves of the heads that are kept as the threshold varies (circuit extraction, figs. 8 and 9).
+
+    Rates are means over seeds, and so are the areas that the legend names.
+    """
+    lines = []
+    for some, label, style, mlps in _extracted(rows):
+        alphas = sorted({row["threshold"] for row in some})
+        groups = [[row for row in some if row["threshold"] == alpha] for alpha in alphas]
+        if any(row[name] is None for row in some for name in ("tpr", "fpr")):
+            continue
+        curve = curve_through(
+            {name: np.mean([row[name] for row in group]) for name in ("tpr", "fpr")} for group in groups
+        )
         assert curve is not None
-        return Line(method, curve.false_positive_rate, curve.true_positive_rate, style=style)
-    jobs = [job for job in sweep.finished if (job.method, job.seed) == (method, seed)]
-    found = (compare_with_truth(Circuit.load(sweep.path(job)), truth)[kind] for job in jobs)
-    points = sorted((rate["fpr"], rate["tpr"]) for rate in found)
-    return Line(method, [x for x, _ in points], [y for _, y in points], style=style, dashed=True)
+        label = f"{label}: AUC {np.mean([row['auc'] for row in some]):.2f}"
+        lines.append(Line(label, curve.fpr, curve.tpr, style=style, dashed=not mlps))
+    return [_roc_panel(lines, "heads")] if lines else []
+
+
+def _roc_panel(lines: Sequence[Line], title: str) -> Panel:
+    return Panel("false positive rate", "true positive rate", lines, title=title, diagonal=True)

@@ -1,7 +1,12 @@
-"""Running a sweep: every finished run is a file, so that a sweep that was stopped goes on where it was."""
+"""Running a sweep: every finished run is a file, so that a sweep that was stopped goes on where it was.
+
+Runs share the model, the pairs and an attribution's scores, but Edge Pruning runs are not stacked into one batch: a
+step of one fills the cores already, and the masks of different runs share no reads.
+"""
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,25 +94,30 @@ class Sweep:
         if job.method == EXTRACTION:
             write_json(self.path(job), {"rows": extraction_rows(self.model, task, job.seed)})
             return
-        circuit = self._circuit(job, task)
+        circuit, seconds = self._circuit(job, task)
         metrics = score(reference, Masks.from_circuit(circuit), task=task)
         dataclasses.replace(
             circuit,
             model=self.model.about,
             task=task.name,
             metrics={self.plan.split: metrics},
-            provenance=dataclasses.asdict(job),
+            provenance={**dataclasses.asdict(job), "seconds": seconds},
         ).save(self.path(job))
 
-    def _circuit(self, job: Job, task: Task) -> Circuit:
+    def _circuit(self, job: Job, task: Task) -> tuple[Circuit, float | None]:
+        """The circuit of one run and the seconds it took; of an attribution those of its scores, for all sizes."""
         plan = self.plan
         if is_attribution(job.method):
-            return self._attributed(job.method, job.seed, task).circuit(job.size)
+            scores = self._attributed(job.method, job.seed, task)
+            return scores.circuit(job.size), scores.seconds
+        started = time.perf_counter()
         if job.method == "acdc":
             baseline = BaselineSettings(threshold=job.threshold, **plan.removal)
-            return discover(self.model, task, "acdc", settings=baseline).circuit
-        changes = {"seed": job.seed, "ablation": plan.ablation}
-        return discover(self.model, task, edges=job.size, settings=plan.settings.changed(changes)).circuit
+            circuit = discover(self.model, task, "acdc", settings=baseline).circuit
+        else:
+            settings = plan.settings_of(job, self.model.graph)
+            circuit = discover(self.model, task, edges=job.size, settings=settings).circuit
+        return circuit, time.perf_counter() - started
 
     def _attributed(self, method: str, seed: int, task: Task) -> Scores:
         """Scores of every edge, computed once for all sizes."""
@@ -116,7 +126,9 @@ class Sweep:
             if path.exists():
                 scores = Scores.load(path, self.model.graph, **self.plan.removal)
             else:
+                started = time.perf_counter()
                 scores = attribute(self.model, task, method, seed=seed, **self.plan.removal)
+                scores = dataclasses.replace(scores, seconds=time.perf_counter() - started)
                 scores.save(path)
             self._scores = method, seed, scores
         return self._scores[2]

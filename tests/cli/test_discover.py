@@ -47,6 +47,15 @@ def test_discover_prints_a_table(shelf, run):
     assert "wrote run/circuit.json, run/masks.safetensors" in out
 
 
+def test_settings_of_other_methods(shelf, answer):
+    arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--method", "eap-ig", "--edges", "40"]
+    found = answer(*arguments, "--keep-dangling", "--most-examples", "2", "--out", "run")
+    circuit = Circuit.load("run/circuit.json")
+    assert found["discover"]["edges"] == 40 > circuit.pruned().num_edges
+    settings = circuit.provenance["settings"]
+    assert (settings["pruned"], settings["most_examples"]) == (False, 2)
+
+
 def test_a_finished_run_is_replaced_only_when_asked(shelf, finished, run):
     arguments = ["discover", shelf / "gpt2", "--data", shelf / "pairs.jsonl", *QUICK, "--seed", "1", "--out", "run"]
     Path("run").mkdir()

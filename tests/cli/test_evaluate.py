@@ -1,12 +1,23 @@
 """``fastcircuit evaluate``."""
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastcircuit.circuit import Circuit
-from tests.cli.calls import pairs, save_tiny, write_pairs
+from fastcircuit.evaluation.curve import grid
+from fastcircuit.evaluation.manual_circuits import manual_circuit
+from fastcircuit.evaluation.truth import roc
+from fastcircuit.formats import read
+from fastcircuit.graph import Graph
+from tests.cli.calls import WORDS, pairs, save_tiny, write_pairs
+from tests.cli.test_convert import REAL
 
 
 def test_evaluate(shelf, finished, run, answer):
@@ -44,7 +55,10 @@ def test_analyses(shelf, finished, run, answer, tmp_path):
     found = answer(*arguments, *asked, "--edge-faithfulness", "edges.csv")
     assert found["truth"]["edges"] == {"tpr": 1, "fpr": 0, "precision": 1}
     assert 0.5 < found["roc"]["edges"]["auc"] <= 1  # the circuit is made of the edges with the highest log-alphas
-    assert found["faithfulness"]["points"][-1]["faithfulness"] == 1
+    points = found["faithfulness"]["points"]
+    assert points[-1]["faithfulness"] == 1
+    assert [point["fraction"] for point in points] == [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+    assert all(point["edges"] <= int(point["fraction"] * found["total_edges"]) for point in points)
     assert len(found["completeness"]["subsets"]) == 3
     measured = found["edge_faithfulness"]
     assert measured["kl"] == pytest.approx(found["test"]["kl"], abs=1e-6)  # float32 log-probabilities of about 5
@@ -70,6 +84,48 @@ def test_a_circuit_of_another_model_of_this_shape_is_warned_of(shelf, finished, 
     code, _, err = run("compare", where, where, "--model", "tuned", "--tasks", shelf / "pairs.jsonl")
     assert code == 0
     assert [each.startswith(line) for each in err.splitlines() if "warning" in each] == [True, True]
+
+
+@pytest.mark.parametrize("form", ["json", "ours"])
+def test_scores_of_another_tool(answer, tmp_path, form):
+    """A real file of EAP-IG: GPT-2 small's 32,491 edges, on a model as deep and a number wide per head."""
+    model, graph = tmp_path / "gpt2", Graph(12, 12, 12, "joint")
+    save_tiny(model, "gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=16, n_embd=24, n_layer=12, n_head=12, initializer_range=0.3)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    write_pairs("pairs.jsonl", ({**row, "distractor": "Anna"} for row in pairs()))
+    answer("convert", REAL, "circuit.json")
+    scores, real = REAL if form == "json" else "circuit.json", read(REAL)
+    Circuit(graph, real.circuit.keep).save("own.json")  # it does not say that its model is 768 wide
+    found = answer("evaluate", model, "own.json", "--data", "pairs.jsonl", "--scores", scores, "--truth", "ioi")
+    sizes = [point["edges"] for point in found["faithfulness"]["points"]]
+    assert sizes == [real.top(size).pruned().num_edges for size in grid(graph.num_edges)]
+    assert {"cpr", "cmd"} < set(found["faithfulness"])
+    truth = manual_circuit("ioi", graph).circuit
+    assert found["roc"]["edges"]["auc"] == roc(np.abs(real.edge_scores), truth.keep).auc > 0.5
+    assert found["roc"]["nodes"]["auc"] > 0.5
+
+
+def test_scores_that_are_nan(shelf, finished, refuses, tmp_path):
+    tensors = load_file(finished / "masks.safetensors")
+    tensors["edge"][7] = float("nan")
+    wrong = tmp_path / "nan.safetensors"
+    save_file(tensors, wrong)
+    refuses(
+        f"evaluate {{shelf}}/gpt2 {{run}}/circuit.json --data {{shelf}}/pairs.jsonl --scores {wrong}",
+        "nan.safetensors: 1 edge scores are NaN, the first of ",
+    )
+
+
+def test_a_circuit_with_an_edge_backwards(shelf, finished, refuses, tmp_path):
+    value = json.loads((finished / "circuit.json").read_text())
+    value["edges"].append(["a1.h0", "m0"])
+    (tmp_path / "back.json").write_text(json.dumps(value))
+    refuses(
+        f"evaluate {{shelf}}/gpt2 {tmp_path}/back.json --data {{shelf}}/pairs.jsonl",
+        "back.json: no edge a1.h0 -> m0: a1.h0 is not computed before m0",
+    )
 
 
 BAD_CALLS = {
@@ -98,10 +154,15 @@ BAD_CALLS = {
     ),
     "scores": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --scores no.safetensors", "does not exist"),
     "no scores": (
-        "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --scores {run}/circuit.json",
-        "needs tensors edge and node",
+        "evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --scores {shelf}/gpt2/model.safetensors",
+        "it needs a tensor edge, and may have a tensor node",
+    ),
+    "scores of another model": (
+        f"evaluate {{shelf}}/gpt2 {{run}}/circuit.json --data {{shelf}}/pairs.jsonl --scores {REAL}",
+        "it is over 12 layers of 12 heads",
     ),
     "seed": ("evaluate {shelf}/gpt2 {run}/circuit.json --data {shelf}/pairs.jsonl --seed -1", "seed is -1; it must"),
+    "idle number": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --most-examples 9", "give both"),
     "idle option": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --signed", "give both"),
     "file of edges": ("evaluate {shelf}/gpt2 {run}/circuit.json --task ioi --edge-faithfulness e.txt", "end in .csv"),
     "circuit of own data": ("evaluate {shelf}/gpt2 {run}/circuit.json", "no task 'pairs'; tasks: acronyms"),

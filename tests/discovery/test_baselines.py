@@ -1,5 +1,7 @@
 """Baselines through ``discover``: sizes, files, provenance, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,34 @@ def test_other_ways_to_say_how_much_to_keep(model):
     assert scores[signed.keep].min() > scores[~signed.keep].min()
 
 
+def test_dangling_edges_are_kept_on_request(model):
+    task = make_task(4)
+    plain = discover(model, task, "eap-ig", edges=20)
+    kept = discover(model, task, "eap-ig", edges=20, pruned=False)
+    best = np.argsort(-np.abs(plain.masks.edge.numpy()), kind="stable")[:20]
+    assert set(np.flatnonzero(kept.circuit.keep)) == set(best)
+    assert kept.circuit.pruned().num_edges < 20 == plain.circuit.num_edges == plain.circuit.pruned().num_edges
+    assert kept.circuit.provenance["settings"]["pruned"] is False
+    nodes = [discover(model, task, "eap-ig", nodes=4, pruned=pruned).circuit for pruned in (True, False)]
+    assert nodes[0] == nodes[1].pruned()
+    found = discover(model, task, "acdc", threshold=1e-5, pruned=False)
+    decided = found.history[found.history[:, 2] == 0, 0].long()
+    assert sorted(decided.tolist()) == np.flatnonzero(found.circuit.keep).tolist()
+
+
+@pytest.mark.parametrize(("method", "size"), [("acdc", {"threshold": 1e-4}), ("eap-ig", {"edges": 20})])
+def test_all_examples_are_used_unless_fewer_are_asked_for(method, size):
+    model, many = MaskedCausalLM(tiny_model("llama")), make_task(300)
+    few = dataclasses.replace(many, splits={"train": many.split("train").select(slice(3))})
+    whole = discover(model, many, method, **size)
+    cut = discover(model, many, method, most_examples=3, **size)
+    assert cut.circuit.provenance["settings"]["most_examples"] == 3
+    assert whole.circuit.provenance["settings"]["most_examples"] is None
+    assert torch.equal(cut.masks.edge, discover(model, few, method, **size).masks.edge)
+    last = dataclasses.replace(many, splits={"train": many.split("train").select(slice(256))})
+    assert not torch.allclose(whole.masks.edge, discover(model, last, method, **size).masks.edge, rtol=1e-6)
+
+
 def test_acdc_writes_its_history(model, tmp_path):
     found = discover(model, make_task(4), "acdc", threshold=1e-5)
     assert found.history.shape == (model.graph.num_edges, 4)
@@ -71,6 +101,7 @@ BAD = {
     "two sizes": (("eap",), {"edges": 5, "threshold": 0.1}, "give edges or threshold, not both"),
     "too many": (("eap",), {"edges": 10**6}, "edges to keep"),
     "too many nodes": (("eap",), {"nodes": 10**6}, "writers to keep"),
+    "no examples": (("acdc",), {"most_examples": 0}, "most_examples is 0; it must be at least 1"),
     "setting": (("eap",), {"steps": 3}, "no setting 'steps' without edge-pruning"),
     "loss": (("eap-ig",), {"loss": "hinge"}, "losses are kl, logit-difference, nll"),
     "ablation": (("eap-ig",), {"ablation": "none"}, "accepted: interchange, mean, zero"),

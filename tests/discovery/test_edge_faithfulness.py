@@ -44,6 +44,19 @@ def test_every_edge_equals_a_run_of_its_own(name, ablation, share, monkeypatch):
     assert value["correlation"] == pytest.approx(m @ c / np.sqrt((m @ m) * (c @ c)))
 
 
+def test_all_examples_are_measured_on_unless_fewer_are_asked_for():
+    model, task = MaskedCausalLM(tiny_model("gpt2")), make_task(300)
+    circuit = Circuit(model.graph, np.random.default_rng(0).random(model.graph.num_edges) < 0.05)
+    found = edge_faithfulness(model, circuit, task)
+    assert found.examples == 300
+    assert found.whole == pytest.approx(evaluate(model, circuit, task)["kl"])
+    few = dataclasses.replace(task, splits={**task.splits, "test": task.split("test").select(slice(5))})
+    cut = edge_faithfulness(model, circuit, task, most_examples=5)
+    assert (cut.examples, cut.whole) == (5, pytest.approx(evaluate(model, circuit, few)["kl"]))
+    with pytest.raises(InputError, match="most_examples is 0"):
+        edge_faithfulness(model, circuit, task, most_examples=0)
+
+
 def test_a_circuit_without_edges_is_refused():
     model = MaskedCausalLM(tiny_model("gpt2"))
     with pytest.raises(InputError, match="no edges"):

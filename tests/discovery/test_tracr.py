@@ -28,6 +28,31 @@ from fastcircuit.tasks import load_task
 DATA = Path(__file__).parent / "data"
 PROGRAMS = ("reverse", "xproportion")
 EMBEDDINGS = {"hook_embed": "tok_embeds", "hook_pos_embed": "pos_embeds"}
+# The canonical circuits that figure 4 of the Edge Pruning paper draws, edge by edge.
+FIGURE_4 = {
+    "reverse": {
+        ("tok_embeds", "a0.h0.v"),
+        ("tok_embeds", "m0"),
+        ("a0.h0", "m0"),
+        ("tok_embeds", "m1"),
+        ("pos_embeds", "m1"),
+        ("m0", "m1"),
+        ("m1", "m2"),
+        ("m2", "a3.h0.q"),
+        ("pos_embeds", "a3.h0.k"),
+        ("tok_embeds", "a3.h0.v"),
+        ("a3.h0", "resid_post"),
+    },
+    "xproportion": {
+        ("tok_embeds", "m0"),
+        ("tok_embeds", "a1.h0.q"),
+        ("pos_embeds", "a1.h0.q"),
+        ("tok_embeds", "a1.h0.k"),
+        ("pos_embeds", "a1.h0.k"),
+        ("m0", "a1.h0.v"),
+        ("a1.h0", "resid_post"),
+    },
+}
 BUDGET = 0.01  # nats; the cheapest edge of either circuit costs 0.08
 TRACR = preset("tracr")
 
@@ -93,6 +118,7 @@ def merged(edges):
 @pytest.mark.parametrize(("program", "size"), [("reverse", 11), ("xproportion", 7)])
 def test_the_two_published_zero_ablation_sets_agree_edge_by_edge(program, size):
     assert len(acdc_edges(program)) == size
+    assert acdc_edges(program) == FIGURE_4[program]
     assert merged(acdc_edges(program)) == auto_circuit_edges(program, "zero")
 
 

@@ -34,8 +34,8 @@ def nested(model, *shares):
 
 
 def test_the_grid_is_mibs():
-    assert grid(32_491) == [32, 65, 162, 325, 650, 1625, 3249, 6498, 16246, 32491]
-    assert grid(32) == [1, 2, 3, 6, 16, 32]
+    assert grid(32_491) == [32, 64, 162, 324, 649, 1624, 3249, 6498, 16245, 32491]
+    assert grid(32) == [0, 0, 0, 0, 0, 1, 3, 6, 16, 32]
 
 
 def test_areas_are_of_trapezoids(model):
@@ -52,6 +52,18 @@ def test_areas_are_of_trapezoids(model):
     assert found.cpr == pytest.approx(sum(w * (share[i] + share[i + 1]) for i, w in enumerate(pieces)))
     gaps = [abs(1 - value) for value in share]
     assert found.cmd == pytest.approx(sum(w * (gaps[i] + gaps[i + 1]) for i, w in enumerate(pieces)))
+
+
+def test_areas_over_nominal_fractions(model):
+    task, circuits = make_task(), nested(model, 0.2, 0.5)
+    plain = faithfulness_curve(model, circuits, task)
+    found = faithfulness_curve(model, circuits, task, fractions=(0.01, 0.3))
+    assert [point["fraction"] for point in found.points] == [0.01, 0.3, 1]
+    (small, large, _) = (point["faithfulness"] for point in found.points)
+    assert [point["faithfulness"] for point in plain.points] == [small, large, 1]
+    assert found.cpr == pytest.approx(0.29 * (small + large) / 2 + 0.7 * (large + 1) / 2)
+    with pytest.raises(InputError, match="1 fractions for 2 circuits; give one each, ascending"):
+        faithfulness_curve(model, circuits, task, fractions=(0.5,))
 
 
 def test_intervals_of_the_areas_hold_the_areas(model):

@@ -3,6 +3,7 @@
 ``data/gpt2_ioi_eap-ig.json.gz`` is of hannamw/MIB-circuit-track (Apache-2.0).
 """
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -21,8 +22,9 @@ JOINT, SPLIT, NONE = (Graph(3, 4, 4, nodes) for nodes in ("joint", "split", "non
 GROUPED = Graph(3, 4, 2, "joint")
 
 
-def random_circuit(graph, seed=0, density=0.3):
-    return Circuit(graph, np.random.default_rng(seed).random(graph.num_edges) < density)
+def random_circuit(graph, seed=0, density=0.3, architecture="gpt2"):
+    keep = np.random.default_rng(seed).random(graph.num_edges) < density
+    return Circuit(graph, keep, model={"architecture": architecture} if architecture else {})
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,28 @@ def test_round_trips(format, name, density, tmp_path):
     write(path, circuit, format)
     assert read(path, circuit.graph).circuit == circuit
     assert Circuit.load(path, circuit.graph) == circuit
+
+
+@pytest.mark.parametrize("name", ["joint", "none", "split"])
+def test_edge_pruning_lists_have_the_embeddings_of_the_published_code(name, tmp_path):
+    circuit = random_circuit(GRAPHS[name])
+    circuit.save_edge_list(tmp_path / "gpt2.json")
+    edges = json.loads((tmp_path / "gpt2.json").read_text())
+    assert {writer for writer, _ in edges if writer.endswith("embeds")} == {"tok_embeds", "pos_embeds"}
+    assert {tuple(edge) for edge in edges} == set(to_graph(circuit, SPLIT).edges)
+    assert read(tmp_path / "gpt2.json", SPLIT).circuit == to_graph(circuit, SPLIT)  # none: nothing of them is removed
+    if name == "split":
+        return
+    for graph, architecture in ((GRAPHS[name], "llama"), (dataclasses.replace(GRAPHS[name], num_kv_heads=2), None)):
+        of_llama = random_circuit(graph, architecture=architecture)
+        of_llama.save_edge_list(tmp_path / "llama.json")
+        edges = json.loads((tmp_path / "llama.json").read_text())
+        assert {writer for writer, _ in edges if writer.endswith("embeds")} == {"embeds"}
+        joint = dataclasses.replace(graph, embedding_nodes="joint")
+        assert read(tmp_path / "llama.json", joint).circuit == to_graph(of_llama, joint)
+    with pytest.raises(InputError, match=rf"embeddings as '{name}' and does not say of which model .*convert --model"):
+        random_circuit(GRAPHS[name], architecture=None).save_edge_list(tmp_path / "neither.json")
+    assert not (tmp_path / "neither.json").exists()
 
 
 def test_acdc_hooks_mean_our_names(tmp_path):

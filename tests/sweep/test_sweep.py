@@ -1,19 +1,23 @@
 """Sweeps: which runs a plan has, that a stopped one goes on, tables and plots."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from fastcircuit.circuit import Circuit
+from fastcircuit.discovery import discover, preset
+from fastcircuit.discovery.presets import edge_target
 from fastcircuit.errors import InputError
 from fastcircuit.graph import Graph
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.sweep.plan import METHODS, Plan
 from fastcircuit.sweep.plots import extraction_panels
+from fastcircuit.sweep.recovery import curve_through
 from fastcircuit.sweep.runner import Sweep
-from fastcircuit.sweep.tables import circuit_rows, summary
+from fastcircuit.sweep.tables import circuit_rows, extraction_summary, summary
 from tests.discovery.test_edge_pruning import QUICK, make_task
 from tests.models.tiny import tiny_model
 
@@ -31,6 +35,11 @@ PLAN = Plan(
 @pytest.fixture(scope="module")
 def model():
     return MaskedCausalLM(tiny_model("gpt2"))
+
+
+def timeless(row):
+    """A row without what differs from run to run."""
+    return {key: value for key, value in row.items() if not key.startswith("seconds")}
 
 
 def sweep(model, directory, plan=PLAN):
@@ -64,6 +73,48 @@ def test_plans_that_cannot_be_run_are_refused(changes, message):
         Plan("m", "t", **changes)
 
 
+@pytest.mark.parametrize("name", ["ioi", "ioi-t1", "greater-than", "gendered-pronoun"])
+def test_a_published_preset_aims_every_size_at_a_target_of_its_own(name):
+    sizes = (0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995)
+    graph = Graph(12, 12, 12, "split")
+    plan = Plan("gpt2", name, ("edge-pruning",), sizes, seeds=(0,), settings=preset(name), preset=name)
+    targets = [plan.settings_of(job, graph).edge_target for job in plan.jobs(graph)]
+    assert all(low < high for low, high in itertools.pairwise(targets))
+    assert 0.9 < targets[0] < 0.95
+    assert 1 < targets[-1] <= 1.4
+    assert all(
+        plan.settings_of(job, graph).silent_node_target == preset(name).silent_node_target for job in plan.jobs(graph)
+    )
+    assert plan.fixed()["preset"] == name  # circuits found with other targets are not taken for these
+
+
+def test_targets_are_those_that_reruns_of_the_published_code_ended_near():
+    assert edge_target("ioi", 0.966) == 0.97
+    assert edge_target("ioi", 0.983) == 1.1
+    assert edge_target("greater-than", 0.9865) == pytest.approx(0.985)
+    assert edge_target("gendered-pronoun", 0.995) == 1.1
+    assert edge_target("ioi", 0.476) == 0.47
+    assert edge_target("boolean-expressions", 0.99) is None
+
+
+def test_a_sweep_trains_with_the_target_of_each_size(model, tmp_path, monkeypatch):
+    trained = []
+
+    def train(*_, edges, settings):
+        trained.append((edges, settings.edge_target, settings.steps))
+        return discover(*_, edges=edges, settings=settings)
+
+    monkeypatch.setattr("fastcircuit.sweep.runner.discover", train)
+    settings = preset("ioi").changed({"steps": 3, "batch_size": 4})
+    plan = Plan("m", "pairs", ("edge-pruning",), (0.8, 0.9), seeds=(0,), settings=settings, preset="ioi")
+    sweep(model, tmp_path, plan).run()
+    total = model.graph.num_edges
+    assert trained == [
+        (edges, edge_target("ioi", 1 - edges / total), 3) for edges in (round(0.2 * total), round(0.1 * total))
+    ]
+    assert trained[0][1] < trained[1][1]
+
+
 def test_a_stopped_sweep_goes_on(model, tmp_path):
     whole = sweep(model, tmp_path / "whole")
     done = []
@@ -90,7 +141,10 @@ def test_a_stopped_sweep_goes_on(model, tmp_path):
     again.run(lambda job, *_: done.append(job.name))
     assert len(done) == len(again.jobs) - 5
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert circuit_rows(again) == rows
+    assert [timeless(row) for row in circuit_rows(again)] == [timeless(row) for row in rows]
+    assert all(row["seconds"] > 0 for row in rows)
+    eap = [row["seconds"] for row in rows if (row["method"], row["seed"]) == ("eap-ig", 0)]
+    assert len(set(eap)) == 1  # all sizes are cut from one set of scores
 
 
 def test_a_directory_holds_one_model_and_task(model, tmp_path):
@@ -131,12 +185,38 @@ def test_a_sweep_goes_on_with_the_same_dtype_and_embedding_nodes_alone(shelf, an
 def test_summaries_are_means_over_seeds():
     rows = [
         {"method": "eap", "seed": seed, "threshold": None, "edges": 5, "sparsity": 0.9, "kl": kl, "accuracy": None}
+        | {"seconds": 2.0, "edges_auc": 0.5}
         for seed, kl in enumerate((1.0, 2.0, 6.0))
     ]
     (line,) = summary(rows)
     assert (line["seeds"], line["edges"], line["kl"]) == (3, 5, 3)
     assert line["kl_deviation"] == pytest.approx(7**0.5)
     assert "accuracy" not in line
+    assert (line["seconds"], line["edges_auc"], line["edges_auc_deviation"]) == (2, 0.5, 0)
+
+
+def test_extraction_has_a_summary_over_seeds():
+    rows = [
+        {"ablation": "mean", "mlps": mlps, "seed": seed, "threshold": alpha, "size": size, "seconds": 1.0, "auc": None}
+        for mlps in (True, False)
+        for seed, size in enumerate((0.2, 0.4, 0.9))
+        for alpha in (0.1, 1.0)
+    ]
+    short = extraction_summary(rows)
+    assert [(row["mlps"], row["threshold"], row["seeds"]) for row in short] == [
+        (mlps, alpha, 3) for mlps in (True, False) for alpha in (0.1, 1.0)
+    ]
+    assert short[0]["size"] == pytest.approx(0.5)
+    assert short[0]["size_deviation"] == pytest.approx(0.13**0.5)
+    assert "auc" not in short[0]
+
+
+def test_a_curve_leads_from_nothing_through_what_was_found_to_everything():
+    curve = curve_through([{"fpr": 0.5, "tpr": 1.0}, {"fpr": 0.0, "tpr": 0.5}])
+    assert (curve.fpr, curve.tpr) == ((0, 0, 0.5, 1), (0, 0.5, 1, 1))
+    assert curve.auc == pytest.approx(0.375 + 0.5)
+    assert curve_through([{"fpr": None, "tpr": 1.0}]) is None
+    assert curve_through([]) is None
 
 
 def test_extraction_panels_average_over_seeds():
@@ -156,8 +236,9 @@ def test_the_command_writes_tables_and_plots(shelf, finished, answer, run):
     arguments = ["sweep", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--methods", "eap-ig,extract,acdc"]
     sizes = ["--sparsities", "0.9", "--thresholds", "0.01,0.3", "--seeds", "0,1"]
     found = answer(*arguments, *sizes, "--truth", finished / "circuit.json", "--out", "s")
-    names = {"circuits.csv", "summary.csv", "extraction.csv", "sweep.json"}
-    names |= {f"{plot}.{kind}" for plot in ("circuits", "extraction", "roc") for kind in ("svg", "png")}
+    names = {"circuits.csv", "summary.csv", "extraction.csv", "extraction_summary.csv", "sweep.json"}
+    plots = ("circuits", "extraction", "roc", "extraction_roc")
+    names |= {f"{plot}.{kind}" for plot in plots for kind in ("svg", "png")}
     assert {Path(path).name for path in found["files"]} == names
     assert all(Path(path).stat().st_size for path in found["files"])
     rows = list(csv.DictReader(Path("s/circuits.csv").read_text().splitlines()))
@@ -165,15 +246,37 @@ def test_the_command_writes_tables_and_plots(shelf, finished, answer, run):
         *(("eap-ig", seed) for seed in "01"),
         *(("acdc", seed) for seed in "0011"),
     ]
-    assert all(0 <= float(row["edges_tpr"]) <= 1 for row in rows)
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("edges_tpr", "edges_auc", "nodes_auc"))
+    assert all(float(row["seconds"]) > 0 for row in rows)
     extracted = list(csv.DictReader(Path("s/extraction.csv").read_text().splitlines()))
     assert len(extracted) == 2 * 4 * 30
+    assert len(Path("s/extraction_summary.csv").read_text().splitlines()) == 1 + 4 * 30
     assert json.loads(Path("s/sweep.json").read_text())["summary"] == found["sweep"]
     svg = Path("s/circuits.svg").read_text()
     code, out, _ = run(*arguments, *sizes, "--truth", finished / "circuit.json", "--out", "s")
     assert code == 0
     assert "eap-ig" in out
     assert Path("s/circuits.svg").read_text() == svg
+
+
+def test_extraction_alone_has_roc_curves(shelf, finished, answer):
+    arguments = ["sweep", shelf / "gpt2", "--data", shelf / "pairs.jsonl", "--methods", "extract", "--seeds", "0"]
+    found = answer(*arguments, "--truth", finished / "circuit.json", "--out", "s")
+    assert {Path(path).name for path in found["files"] if path.endswith(".svg")} == {
+        "extraction.svg",
+        "extraction_roc.svg",
+    }
+    rows = list(csv.DictReader(Path("s/extraction.csv").read_text().splitlines()))
+    curves = {}
+    for row in rows:
+        curves.setdefault((row["ablation"], row["mlps"]), []).append(row)
+    assert len(curves) == 4
+    for (ablation, _), curve in curves.items():
+        (auc,) = {row["auc"] for row in curve}
+        points = sorted([(0.0, 0.0), *((float(row["fpr"]), float(row["tpr"])) for row in curve), (1.0, 1.0)])
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
+        assert float(auc) == pytest.approx(area, abs=1e-5)
+        assert f"{ablation} ablation" in Path("s/extraction_roc.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -197,5 +300,5 @@ def test_workers_find_what_one_process_does(shelf, answer):
     alone, spread = (
         answer(*arguments, *sizes, *more, "--out", out)["sweep"] for more, out in (([], "a"), (["--workers", "2"], "b"))
     )
-    assert alone == spread
+    assert [timeless(row) for row in alone] == [timeless(row) for row in spread]
     assert answer(*arguments, *sizes, "--workers", "2", "--out", "b")["sweep"] == spread  # nothing is left to run

@@ -75,6 +75,41 @@ def test_ioi_in_full(gpt2):
     assert len(load_task("ioi", gpt2, sizes={"train": 400, "test": 1}).split("train")) == 400
 
 
+@pytest.mark.parametrize("name", [name for name in SIZES if name != "ioi"])
+def test_full_sizes(name, gpt2):
+    task = load_task(name, gpt2)
+    assert tuple(len(task.split(split)) for split in ("train", "validation", "test")) == SIZES[name]
+
+
+def test_ioi_with_many_examples(gpt2):
+    assert len(load_task("ioi", gpt2, sizes={"train": 10_000, "test": 1}).split("train")) == 10_000
+
+
+def test_templates_and_nouns_are_the_papers(gpt2):
+    """30, 5 and 30 templates, 120 nouns; as many are drawn from in prompts."""
+    shapes = {"ioi": set(), "greater-than": set(), "gendered-pronoun": set()}
+    nouns = set(json.loads((tasks._DATA / "greater_than.json").read_text())["nouns"])
+    seen = set()
+    for clean, *_ in rows_of(load_task("greater-than", gpt2, sizes={**SMALL, "test": 1500}), gpt2):
+        (noun,) = [noun for noun in nouns if re.search(rf"\b{noun}\b", clean)]
+        seen.add(noun)
+        shapes["greater-than"].add(re.sub(r"\d+", "0", re.sub(rf"\b{noun}\b", "_", clean)))
+    assert seen == nouns
+    assert len(nouns) == 120
+    words = json.loads((tasks._DATA / "ioi.json").read_text())
+    fill = "|".join(map(re.escape, [*words["places"], *words["objects"]]))
+    for clean, _, answer, distractor in rows_of(load_task("ioi", gpt2, sizes={**SMALL, "test": 600}), gpt2):
+        named = re.sub(rf"\b{answer}\b", "A", re.sub(rf"\b{distractor}\b", "B", clean))
+        shapes["ioi"].add(re.sub(rf"\b({fill})\b", "_", named))
+    for clean, *_ in rows_of(load_task("gendered-pronoun", gpt2), gpt2):
+        shapes["gendered-pronoun"].add(clean.replace(clean.split()[1], "_"))
+    assert {name: len(found) for name, found in shapes.items()} == {
+        "ioi": 30,
+        "greater-than": 5,
+        "gendered-pronoun": 30,
+    }
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_what_makes_a_task_valid(name, gpt2):
     task = load_task(name, gpt2, sizes=SMALL)
