@@ -77,7 +77,6 @@ PRESETS: dict[str, Settings] = {
         multiplier_learning_rate=0.4,
         sparsity_warmup=5500,
         edge_target=1.2,
-        node_target=0.7,
     ),
 }
 

@@ -26,7 +26,9 @@ class Settings:
         sparsity_warmup: steps over which the targets rise to their final values.
         schedule: of the targets, ``linear`` or ``logarithmic``.
         edge_target: final edge-sparsity target (may exceed 1 when linear); None: one that suits the size asked for.
-        node_masks: learn a mask per writer as well, as published; an edge is on when both are.
+        node_masks: learn a mask per writer as well, as published; an edge is on when both are. Without a node_target
+            the KL alone moves them. It stays the default because the edge target that suits a size (see
+            ``default_edge_target``) and the recorded results were measured with it.
         node_target: final writer-sparsity target, which needs node_masks; None: no such term.
         silent_node_target: with ``upstream_compat`` and no node_target, the writer target whose gradient the published
             code still counts when it clips.
@@ -36,7 +38,8 @@ class Settings:
             nothing.
         sparsity_estimate: ``expected`` (closed form) or ``sampled`` (mean of the sampled masks, as published).
         linear_term: False fixes the multiplier of the linear Lagrangian term at 0.
-        weight_decay: of AdamW, on log-alphas and multipliers.
+        weight_decay: of AdamW, on log-alphas and multipliers: the published code's, which is AdamW's own. It stays for
+            the same reason as node_masks.
         clip_norm: gradients are scaled down to this joint norm; None: not clipped.
         refine: finish by measured elimination, regrowing and swaps (see ``refine.py``); False: the surest edges as they
             are.

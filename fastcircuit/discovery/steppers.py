@@ -51,9 +51,10 @@ class DynamicStepper:
         self._clip(self._masks, step)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * self.settings.rate_factor(step)
-        self.optimizer.step()
         if self.settings.upstream_compat:
-            upstream.restore_frozen_nodes(self.parameters)
+            upstream.update(self.parameters, self.optimizer)
+        else:
+            self.optimizer.step()
         row = torch.stack(self._losses).double()
         edge_target, _ = self.parameters.targets(step)
         self._pending.append(torch.cat([row.new_tensor([step]), row, row.new_tensor([edge_target])]))

@@ -57,18 +57,20 @@ def _numbers(config: Any, log_probs: Tensor) -> Tensor:
     return config.noise**2 * (last - first) / (high - low) + (low + high) / 2
 
 
-def restore_frozen_nodes(parameters: MaskParameters) -> None:
-    """Without a writer loss that embedding writer has no gradient at all: weight decay passes it by too."""
+def update(parameters: MaskParameters, optimizer: torch.optim.Optimizer) -> None:
+    """Step. Without a writer loss that embedding writer has no gradient at all: weight decay passes it by too."""
+    frozen = parameters.node[:1].detach().clone()
+    optimizer.step()
     if parameters.graph.embedding_nodes == "joint" and parameters.settings.node_target is None:
         with torch.no_grad():
-            parameters.node[:1] = parameters.settings.initial_log_alpha
+            parameters.node[:1] = frozen
 
 
 def clip(parameters: MaskParameters, masks: Masks, step: int, norm: float) -> None:
     """Clip the joint norm, which counts the writer multipliers' gradients even when those are not trained.
 
     Without a node loss GPT-2's published code still differentiates it (its multipliers are 0 and stay 0), so
-    ``(s - t)`` and ``(s - t)^2`` of the writers enter the norm.
+    ``(s - t)`` (where there is a linear term) and ``(s - t)^2`` of the writers enter the norm.
     """
     gradients = [value.grad for value in parameters.parameters() if value.grad is not None]
     total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
@@ -78,7 +80,7 @@ def clip(parameters: MaskParameters, masks: Masks, step: int, norm: float) -> No
         warmup = settings.sparsity_warmup
         target = target_sparsity(step, warmup, settings.silent_node_target, settings.schedule)
         gap = 1 - masks.node.detach().mean() - target
-        total = total + gap.square() + gap.pow(4)
+        total = total + gap.pow(4) + (gap.square() if settings.linear_term else 0)
     scale = torch.clamp(norm / (total.sqrt() + 1e-6), max=1.0)
     for gradient in gradients:
         gradient.mul_(scale)

@@ -130,7 +130,7 @@ class MaskedCausalLM(nn.Module):
     def run(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[States, Tensor, Packing]:
         """The unmasked model: what every writer wrote (over T packed tokens), and the final stream ``[T, d]``."""
         packing, token_ids = self._pack(input_ids, attention_mask)
-        states, stream = run_unmasked(self.anatomy, token_ids, packing)
+        states, stream = run_unmasked(self.anatomy, token_ids, packing, self.backend)
         return states, stream, packing
 
     def unembed(self, stream: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class MaskedCausalLM(nn.Module):
         packing, token_ids = self._pack(input_ids, attention_mask)
         wanted = packing.select(positions)
         if masks is None:
-            _, stream = run_unmasked(self.anatomy, token_ids, packing)
+            _, stream = run_unmasked(self.anatomy, token_ids, packing, self.backend)
             read = stream.index_select(0, wanted)
         else:
             if ablated is None:
@@ -222,7 +222,7 @@ class MaskedCausalLM(nn.Module):
                 f"corrupted_input_ids has shape {tuple(corrupted.shape)} and input_ids {tuple(input_ids.shape)}; "
                 "clean and corrupted prompts must be aligned token by token"
             )
-        return run_unmasked(self.anatomy, self._token_ids(corrupted, packing), packing)[0]
+        return run_unmasked(self.anatomy, self._token_ids(corrupted, packing), packing, self.backend)[0]
 
     def _pack(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Packing, Tensor]:
         if input_ids.dim() != 2 or not input_ids.numel():

@@ -178,7 +178,7 @@ def output_projection(attention: Attention) -> Tensor:
 
 
 @torch.no_grad()
-def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple[States, Tensor]:
+def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing, backend: str = "auto") -> tuple[States, Tensor]:
     """The plain model on packed tokens ``[T]``: what every writer wrote, and the final stream ``[T, d]``."""
     embeds = anatomy.embed(token_ids, packing.position_ids)
     rotary = None if anatomy.rotary is None else anatomy.rotary(packing.position_ids)
@@ -187,7 +187,8 @@ def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing) -> tuple
     for block in anatomy.blocks:
         attention = block.attention
         x = attention.norm(stream)[None]
-        out = attend(attention, tuple(part(x) for part in attention.projections), rotary, packing, anatomy.causal)
+        projected = tuple(part(x) for part in attention.projections)
+        out = attend(attention, projected, rotary, packing, anatomy.causal, backend=backend)
         stream = stream + out @ output_projection(attention)
         if attention.out_bias is not None:
             stream = stream + attention.out_bias

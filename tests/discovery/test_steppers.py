@@ -17,6 +17,8 @@ from fastcircuit.errors import InputError, RunError
 from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.ops import cpu
+from fastcircuit.ops.backends import missing_reason
 from tests.discovery.test_edge_pruning import make_task
 from tests.models.tiny import TINY, tiny_model
 
@@ -35,10 +37,10 @@ CASES = {
 }
 
 
-def run_of(case, execution, steps=None):
+def run_of(case, execution, steps=None, backend="auto"):
     name, changes, budgets, answer_tokens = CASES[case]
     settings = dataclasses.replace(SETTINGS, **changes)
-    model = MaskedCausalLM(tiny_model(name))
+    model = MaskedCausalLM(tiny_model(name), backend=backend)
     examples = make_task().split("train")
     reference = Reference(
         model, examples, settings.ablation, settings.output_bias, answer_tokens=answer_tokens, budgets=budgets
@@ -63,6 +65,20 @@ def test_the_fixed_step_is_the_dynamic_one(case):
     expected = run_of(case, Execution(step="dynamic"))
     assert expected.parameters.edge.std() > 0.05  # the steps moved something
     assert_same_run(run_of(case, Execution(step="fixed")), expected)
+
+
+@pytest.mark.skipif(missing_reason("cpu") is not None, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("step", ["dynamic", "fixed"])
+@pytest.mark.parametrize("case", ["gpt2", "grouped heads", "window"])
+def test_the_steps_on_the_cpu_kernels_are_those_of_the_reference(case, step, monkeypatch):
+    used = set()
+    for op in ("masked_read", "masked_read_backward_", "packed_attention"):
+        whole = getattr(cpu, op)
+        monkeypatch.setattr(cpu, op, lambda *args, op=op, whole=whole: used.add(op) or whole(*args))
+    expected = run_of(case, Execution(step), backend="reference")
+    assert not used
+    assert_same_run(run_of(case, Execution(step), backend="cpu"), expected)
+    assert used == {"masked_read", "masked_read_backward_", "packed_attention"}
 
 
 @pytest.mark.parametrize(("step", "micro_batch"), [("dynamic", 1), ("dynamic", 3), ("fixed", 1), ("fixed", 3)])
