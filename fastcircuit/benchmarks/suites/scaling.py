@@ -7,7 +7,6 @@ of which only the edges' reads are quadratic. Against sparsity its time must fal
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,7 +97,8 @@ def _step(
 
 def _as_counted(shape: Shape, points: dict[int, dict[str, int]]) -> tuple[float, float]:
     """At least linear, and at most as the step's products grow, of which the reads alone are quadratic in layers."""
-    flops = {float(x): float(step.least_work(replace(shape, **changes)).flops) for x, changes in points.items()}
+    shapes = {float(x): Shape(**{**_sizes(shape), **changes}) for x, changes in points.items()}
+    flops = {x: float(step.least_work(each).flops) for x, each in shapes.items()}
     steepest = steepness(flops)
     assert steepest is not None
     return 1 - TOLERANCE, steepest + TOLERANCE
