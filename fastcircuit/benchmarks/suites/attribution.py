@@ -63,6 +63,7 @@ def cases(target: Target) -> Iterator[Case]:
                 "published full passes": Stories.published_full_pass,
             },
             baseline="published full passes",
+            counts_memory=not target.quick,
         )
 
 
