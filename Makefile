@@ -50,7 +50,7 @@ test: lint  ## style, types and tests
 bench: setup  ## benchmarks, quick: every suite in about a minute; rows in runs/bench
 	$(BIN)/fastcircuit bench --quick
 
-bench-check: setup  ## ratios against the committed floors; fails when one dropped by more than 20 %
+bench-check: setup  ## ratios against the committed floors; fails when one surely dropped by more than 20 %
 	$(BIN)/fastcircuit bench check
 
 bench-record: setup  ## benchmarks in full, rows appended to bench/results (commit first; a quiet machine)
@@ -75,7 +75,7 @@ test-gpu: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -c '$(CUDA)'
 	$(BIN)/python -m pytest -q -m gpu -n 6 tests/test_gpu.py
 
-bench-gpu: setup  ## the benchmarks that need a CUDA device
+bench-gpu: setup  ## the benchmarks that need a CUDA device, rows appended to bench/results (commit first)
 	@$(BIN)/python -c '$(CUDA)'
-	$(BIN)/python -m pytest -q -m gpu bench
-	$(BIN)/fastcircuit bench --device cuda --quick
+	$(BIN)/python -m pytest -q -m gpu bench --record
+	$(BIN)/fastcircuit bench --device cuda --quick --results bench/results

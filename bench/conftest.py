@@ -2,7 +2,9 @@
 
 import pytest
 
-from bench.results import record
+from bench.results import DIRECTORY, record
+from fastcircuit.benchmarks.environment import check_committed
+from fastcircuit.errors import InputError
 
 ROWS: list[tuple[str, str]] = []
 
@@ -12,6 +14,14 @@ def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="the full cases of the registry, not the quick ones")
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the registry's cases run")
     parser.addoption("--record", action="store_true", help="append what was measured to bench/results/*.csv")
+
+
+def pytest_configure(config):
+    if config.getoption("record", False):
+        try:
+            check_committed(DIRECTORY)
+        except InputError as error:
+            raise pytest.UsageError(f"{error}, or leave out --record") from error
 
 
 @pytest.fixture

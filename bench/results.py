@@ -3,11 +3,12 @@
 import csv
 import datetime
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastcircuit.benchmarks.environment import commit
 
 DIRECTORY = Path(__file__).parent / "results"
 
@@ -30,17 +31,10 @@ def record(case: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _about() -> dict[str, Any]:
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": f"{commit}-dirty" if changed else commit,
+        "commit": commit(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=DIRECTORY.parents[1])
-    return done.stdout.strip()

@@ -65,6 +65,7 @@ class Case:
         no_memory: the variants whose peak would be that of a compiler at work, and is not measured.
         axis: the variants are points of a curve against this quantity, and their names its values.
         exponents: what a curve's fitted exponent may be.
+        falls: a curve's time at its last point must be lower than at its first.
         ours: the variants that are this package's, which floors are kept of.
     """
 
@@ -83,6 +84,7 @@ class Case:
     no_memory: tuple[str, ...] = ()
     axis: str | None = None
     exponents: tuple[float, float] | None = None
+    falls: bool = False
     ours: tuple[str, ...] = field(default=("fastcircuit",))
 
     @property

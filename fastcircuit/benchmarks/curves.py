@@ -9,6 +9,7 @@ from typing import Any
 
 from fastcircuit.benchmarks.case import Case
 from fastcircuit.benchmarks.rows import Row
+from fastcircuit.benchmarks.runner import NOISE
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Curve:
     Args:
         exponent: of ``y = c x^e``; None where x has a 0 (sparsity).
         accepted: what the exponent may be.
+        falls: the last point must lie below the first by more than NOISE, what a measurement may be off.
     """
 
     case: str
@@ -26,8 +28,23 @@ class Curve:
     points: dict[float, float]
     exponent: float | None
     accepted: tuple[float, float] | None
+    falls: bool = False
 
     def problem(self) -> str | None:
+        return self._too_steep() or self._too_flat()
+
+    def _too_flat(self) -> str | None:
+        if not self.falls:
+            return None
+        first, last = min(self.points), max(self.points)
+        if self.points[last] < (1 - NOISE) * self.points[first]:
+            return None
+        return (
+            f"{self.case}: {self.what} does not fall with {self.axis}: {self.points[first]:.4g} at {first:g}, "
+            f"{self.points[last]:.4g} at {last:g}; accepted: less than {1 - NOISE:g} of the first"
+        )
+
+    def _too_steep(self) -> str | None:
         if self.accepted is None or self.exponent is None or self.accepted[0] <= self.exponent <= self.accepted[1]:
             return None
         low, high = self.accepted
@@ -50,15 +67,17 @@ class Curve:
 
 
 def curves(rows: Sequence[Row], cases: Sequence[Case] = ()) -> list[Curve]:
-    """The curves among ``rows``; ``cases`` say which exponents are accepted."""
-    accepted = {case.key: case.exponents for case in cases}
+    """The curves among ``rows``; ``cases`` say which exponents are accepted, and which times must fall."""
+    known = {case.key: case for case in cases}
     found = []
     for case in dict.fromkeys(row.case for row in rows if row.axis):
         points = [row for row in rows if row.case == case]
         for what in ("p50_ms", "peak_bytes"):
             values = {float(row.variant): getattr(row, what) for row in points if getattr(row, what)}
             if len(values) > 1:
-                found.append(Curve(case, points[0].axis, what, values, steepness(values), accepted.get(case)))
+                of = known.get(case)
+                accepted, falls = (of.exponents, of.falls and what == "p50_ms") if of else (None, False)
+                found.append(Curve(case, points[0].axis, what, values, steepness(values), accepted, falls))
     return found
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastcircuit.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "avx512_vnni", "amx_bf16", "asimd", "sve")
 
@@ -45,14 +47,35 @@ def slug(name: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The checkout's commit, with "-dirty" when files other than results are changed; else the version."""
+    """The checkout's commit, with "-dirty" when files other than results are changed; without git, the version."""
     if not (ROOT / "pyproject.toml").is_file():
         return f"v{_version('fastcircuit')}"
     short = _git("rev-parse", "--short", "HEAD")
     if not short:
         return f"v{_version('fastcircuit')}"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench")
-    return f"{short}-dirty" if changed else short
+    return f"{short}-dirty" if changed() else short
+
+
+def changed() -> list[str]:
+    """Files of the checkout that differ from its commit, other than results."""
+    lines = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results").splitlines()
+    return [line.split(maxsplit=1)[-1] for line in lines]
+
+
+def check_committed(results: Path) -> None:
+    """Rows that the repository keeps are of a commit.
+
+    Raises:
+        InputError: ``results`` lies in the checkout, where git does not ignore it, and other files are changed.
+    """
+    if not results.resolve().is_relative_to(ROOT) or not (files := changed()):
+        return
+    if not _git("check-ignore", str(results.resolve() / "DEVICE.csv")):
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise InputError(
+            f"rows in {results} are of a commit, and {files[0]}{more} differs from it; commit first, or name another "
+            "directory with --results"
+        )
 
 
 def _git(*arguments: str) -> str:

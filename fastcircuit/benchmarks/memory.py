@@ -68,11 +68,13 @@ def main() -> None:
     import torch
 
     from fastcircuit.benchmarks.registry import load
+    from fastcircuit.ops.memory import free_cached_memory
 
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     (case,) = (case for case in load(request["suite"], Target("cpu", request["quick"])) if case.key == request["key"])
     state = case.setup()
+    free_cached_memory(torch.device("cpu"))  # what setup has used would be taken again, and not be seen
     before = _status("VmRSS")
     _use(case.variants[request["variant"]](state))
     print(_status("VmHWM") - before)

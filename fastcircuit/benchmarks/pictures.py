@@ -71,7 +71,7 @@ def roofline(rows: Sequence[Row]) -> Any:
         peak = max(row.matmul_gflops or 0 for row in of_dtype)
         streams = sorted(row.stream_gbs or 0 for row in of_dtype)
         for stream, style in dict(zip((streams[-1], streams[0]), ("-", "--"), strict=True)).items():
-            label = f"{stream:.3g} GB/s, {peak:.3g} GFLOP/s"
+            label = f"{_number(stream)} GB/s, {_number(peak)} GFLOP/s"
             axis.plot(x, np.minimum(peak, stream * x), style, color="black", lw=1, label=label)
         names = _variants(of_dtype)
         for name in names:
@@ -100,28 +100,40 @@ def speedups(rows: Sequence[Row]) -> Any:
     rows = [row for row in rows if row.variant in ("fastcircuit", "computed", "from the cache")]
     if not rows:
         return None
-    rows = sorted(rows, key=lambda row: row.suite)[::-1]
-    figure, (axis,) = _figure(0.6 + 0.34 * len(rows))
-    ratios = [row.ratio or 0.0 for row in rows]
-    errors = [
-        [ratio - (row.ratio_low or 0.0) for ratio, row in zip(ratios, rows, strict=True)],
-        [(row.ratio_high or 0.0) - ratio for ratio, row in zip(ratios, rows, strict=True)],
-    ]
-    widths = [ratio - 1 for ratio in ratios]
-    lines = {"lw": 1, "ecolor": "#333333"}
-    axis.barh(range(len(rows)), widths, left=1, xerr=errors, color=OURS, height=0.6, error_kw=lines)
-    for place, row in enumerate(rows):
-        if row.bound:
-            axis.plot([row.bound] * 2, [place - 0.35, place + 0.35], color=THEIRS[0], lw=2)
-        right = max(row.ratio_high or 0, row.bound or 0, 1) * 1.06
-        axis.text(right, place, f"{row.ratio:.3g}x {row.baseline}", va="center", fontsize=7.5)
-    axis.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.suite):
+        groups.setdefault(_heading(row), []).append(row)
+    lines = len(rows) + len(groups)
+    figure, (axis,) = _figure(0.8 + 0.17 * lines)
+    place, labels = float(lines), []
+    for heading, of_group in groups.items():
+        labels.append(heading)
+        place -= 1
+        for row in of_group:
+            labels.append(textwrap.shorten(row.shape, 75, placeholder=" ..."))
+            place -= 1
+            _speedup(axis, place, row)
+    axis.set_yticks(range(lines), labels[::-1], fontsize=7)
+    axis.tick_params(axis="y", length=0)
+    for label in axis.get_yticklabels():
+        if label.get_text() in groups:
+            label.set_fontweight("bold")
     axis.axvline(1, color="black", lw=0.8)
-    axis.set(xscale="log", xlabel="times as fast as the baseline (orange: the bound)", ylim=(-0.8, len(rows) - 0.2))
+    axis.set(xscale="log", xlabel="times as fast as the baseline (orange: the bound)", ylim=(-0.8, lines - 0.2))
     axis.set_xlim(min(0.8, *(row.ratio_low or 1 for row in rows)) / 1.1, max(row.ratio_high or 1 for row in rows) * 4)
     _plain_log_ticks(axis.xaxis)
     axis.set_title("Speed-up, median of ratios within rounds")
     return figure
+
+
+def _speedup(axis: Any, place: float, row: Row) -> None:
+    """One bar from 1 to the ratio, its interval, and its bound."""
+    ratio, low, high = row.ratio or 0.0, row.ratio_low or 0.0, row.ratio_high or 0.0
+    line = {"lw": 1, "ecolor": "#333333"}
+    axis.barh(place, ratio - 1, left=1, xerr=[[ratio - low], [high - ratio]], color=OURS, height=0.6, error_kw=line)
+    if row.bound:
+        axis.plot([row.bound] * 2, [place - 0.35, place + 0.35], color=THEIRS[0], lw=2)
+    axis.text(max(high, row.bound or 0, 1) * 1.06, place, f"{_number(ratio)}x {row.baseline}", va="center", fontsize=7)
 
 
 def memory(rows: Sequence[Row]) -> Any:
@@ -141,36 +153,49 @@ def sparsity(rows: Sequence[Row]) -> Any:
 
 
 def latency(rows: Sequence[Row]) -> Any:
-    """Time of a prefill, model and submodel, relative to the baseline; a tick at the least that its work allows."""
+    """Time of model and submodel relative to the baseline, a column per batch; a tick at the least its work allows."""
     if not rows:
         return None
-    cases = list(dict.fromkeys((row.name, row.shape) for row in rows))
+    shapes, cases = (list(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("shape", "name"))
     names = _variants(rows)
-    figure, (axis,) = _figure(0.9 + 0.14 * len(cases) * (len(names) + 1))
-    place, ticks = 0.0, []
+    places = _places(cases, names, rows)
+    figure, axes = _figure(1.1 + 0.14 * (max(places.values()) + 1), columns=len(shapes))
+    for axis, shape in zip(axes, shapes, strict=True):
+        for row in [row for row in rows if row.shape == shape]:
+            baseline = next((r for r in rows if (r.name, r.shape, r.variant) == (row.name, shape, row.baseline)), row)
+            _latency(axis, places[row.name, row.variant], row, baseline.p50_ms, _colour(row.variant, names))
+        axis.set_title(shape, fontsize=9)
+        axis.margins(x=0.25)
+        axis.set_ylim(-1, max(places.values()) + 1)
+        axis.set_yticks([])
+    middle = {case: [at for (name, _), at in places.items() if name == case] for case in cases}
+    labels = [textwrap.fill(case, 25) for case in cases]
+    axes[0].set_yticks([sum(middle[case]) / len(middle[case]) for case in cases], labels, fontsize=7)
+    handles = [_patch(_colour(name, names), name) for name in names]
+    figure.legend(handles=handles, fontsize=7, loc="outside upper center", ncols=len(names))
+    axes[len(axes) // 2].set_xlabel("time over the baseline's, p20 to p80 (black tick: the bound)")
+    return figure
+
+
+def _places(cases: Sequence[str], names: Sequence[str], rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+    """Where the bar of each case and variant lies, the same in every column, from the bottom up."""
+    known, places, place = {(row.name, row.variant) for row in rows}, {}, 0.0
     for case in cases[::-1]:
-        of_case = {row.variant: row for row in rows if (row.name, row.shape) == case}
-        ticks.append((place + (len(of_case) - 1) / 2, f"{case[0]}\n{case[1]}"))
-        for name in [name for name in names[::-1] if name in of_case]:
-            row = of_case[name]
-            whole = of_case.get(row.baseline, row).p50_ms
-            spread = [[(row.p50_ms - row.p20_ms) / whole], [(row.p80_ms - row.p50_ms) / whole]]
-            axis.barh(
-                place, row.p50_ms / whole, xerr=spread, color=_colour(name, names), height=0.8, error_kw={"lw": 1}
-            )
-            right = max(row.p80_ms / whole, 1 / row.bound if row.bound else 0.0) + 0.015
-            axis.text(right, place, _milliseconds(row.p50_ms), va="center", fontsize=7)
-            if row.bound:
-                axis.plot([1 / row.bound] * 2, [place - 0.45, place + 0.45], color="black", lw=1.5)
+        for name in [name for name in names[::-1] if (case, name) in known]:
+            places[case, name] = place
             place += 1
         place += 0.8
-    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7)
-    handles = [_patch(_colour(name, names), name) for name in names]
-    axis.legend(handles=handles, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(names))
-    axis.set_xlabel("time over the baseline's, p20 to p80 (black tick: the bound)")
-    axis.margins(x=0.08)
-    axis.set_ylim(-1, place)
-    return figure
+    return places
+
+
+def _latency(axis: Any, place: float, row: Row, whole: float, colour: str) -> None:
+    """One bar: milliseconds over ``whole``."""
+    spread = [[(row.p50_ms - row.p20_ms) / whole], [(row.p80_ms - row.p50_ms) / whole]]
+    axis.barh(place, row.p50_ms / whole, xerr=spread, color=colour, height=0.8, error_kw={"lw": 1})
+    right = max(row.p80_ms / whole, 1 / row.bound if row.bound else 0.0) + 0.03
+    axis.text(right, place, _milliseconds(row.p50_ms), va="center", fontsize=7)
+    if row.bound:
+        axis.plot([1 / row.bound] * 2, [place - 0.45, place + 0.45], color="black", lw=1.5)
 
 
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], Any]]] = {
@@ -247,10 +272,10 @@ def _conditions(rows: Sequence[Row]) -> str:
     return "\n".join(textwrap.wrap(text, 150))
 
 
-def _label(row: Row) -> str:
+def _heading(row: Row) -> str:
     what = row.name if row.variant == "fastcircuit" else f"{row.name}, {row.variant}"
     dtype = "" if row.dtype == "float32" else f", {row.dtype}"
-    return f"{row.suite}: {what}{dtype}\n{textwrap.shorten(row.shape, 75, placeholder=' ...')}"
+    return f"{row.suite}: {what}{dtype}"
 
 
 def _variants(rows: Sequence[Row]) -> list[str]:
@@ -269,12 +294,18 @@ def _colour(name: str, names: Sequence[str]) -> str:
 
 
 def _plain_log_ticks(axis: Any) -> None:
-    """1, 2, 5, 10, 20, ... as plain numbers."""
+    """1, 2, 5, 10, 20, ... as plain numbers; 1, 10, 100, ... over more than three decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1000 else f"{value:,.0f}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _milliseconds(value: float) -> str:

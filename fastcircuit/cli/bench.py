@@ -44,6 +44,7 @@ def run_suite(suite: str, device: Device, quick: bool, threads: int | None, resu
     from fastcircuit.benchmarks import rows
     from fastcircuit.benchmarks.case import Target
     from fastcircuit.benchmarks.curves import curves
+    from fastcircuit.benchmarks.environment import check_committed
     from fastcircuit.benchmarks.registry import load
     from fastcircuit.benchmarks.runner import run
     from fastcircuit.files import check_writable
@@ -51,6 +52,7 @@ def run_suite(suite: str, device: Device, quick: bool, threads: int | None, resu
     from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import bench_table
 
+    check_committed(results)
     check_writable(results)
     target = Target(choose_device(device.value), quick)
     cases = load(suite, target)
@@ -131,7 +133,10 @@ def check(
     update: Annotated[bool, typer.Option("--update", help="Write what is measured as this machine's floors.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ratios beside their committed floors; fails when one dropped by more than 20 %."""
+    """Ratios beside their committed floors; fails when one dropped by more than 20 %, its interval's upper end too.
+
+    Floors are kept per instruction set and number of threads; those committed are of "avx512f, 2 threads".
+    """
     from fastcircuit.benchmarks import floors
     from fastcircuit.report.progress import watch
     from fastcircuit.report.tables import floor_table

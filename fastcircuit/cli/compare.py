@@ -19,7 +19,7 @@ def compare(
     model: Annotated[
         str | None, typer.Option(help="Their model: run both, what they share and all they have on --tasks.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks by name or JSONL file, separated by commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks by name, JSONL or .csv file, separated by commas.")] = None,
     split: Annotated[str, typer.Option(help="Split of the tasks.")] = "test",
     seed: Seed = 0,
     device: OnDevice = Device.auto,

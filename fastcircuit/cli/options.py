@@ -30,7 +30,8 @@ Model = Annotated[
 ]
 TaskName = Annotated[str | None, typer.Option("--task", help="Task by name (see `fastcircuit info`).")]
 DataFile = Annotated[
-    Path | None, typer.Option("--data", help='JSONL of pairs: {"clean": "a <predict>b</predict>", "corrupted": "c"}.')
+    Path | None,
+    typer.Option("--data", help='JSONL of pairs, {"clean": "a <predict>b</predict>", "corrupted": "c"}, or .csv.'),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 OnDevice = Annotated[Device, typer.Option(help="Where to run; auto takes a GPU when there is one.")]

@@ -90,10 +90,14 @@ class StaticStep:
     @torch.no_grad()
     def begin(self) -> None:
         """Sample the masks."""
-        compiled = self.parameters.backend is not None
-        if compiled:
+        if self.parameters.backend is not None:
             self.drawn[1:].copy_(self.step)
-        product = self.parameters.sample(self.drawn).product(self.model.graph)
+        self.start(self.parameters.sample(self.drawn).product(self.model.graph))
+
+    @torch.no_grad()
+    def start(self, product: Tensor) -> None:
+        """Take these masks of every edge, ``[num_edges]``; nothing has been accumulated at them."""
+        compiled = self.parameters.backend is not None
         self.product.copy_(without_dead_ends(self.model.graph, product) if compiled else product)
         self.gradient.zero_()
         self.kl.zero_()

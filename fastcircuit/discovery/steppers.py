@@ -147,12 +147,22 @@ class FixedStepper:
 
     def compute(self, step: int, indices: Tensor, micro_batch: int, generator: torch.Generator) -> None:
         """Sample masks, and leave the gradient by every edge's mask in the static step."""
+        self.fit(micro_batch)
+        self.static.draw(generator)
+        self._call("begin", self.static.begin)
+        self.accumulate(step, indices)
+
+    def fit(self, micro_batch: int) -> None:
+        """Take so many examples at once from now on."""
         size = min(micro_batch, self.static.settings.batch_size)
         if self._feeder is None or self._feeder.rows != size:
             self.reset()
             self._feeder = Feeder(self.reference, size)
-        self.static.draw(generator)
-        self._call("begin", self.static.begin)
+
+    def accumulate(self, step: int, indices: Tensor) -> None:
+        """Leave the KL of a step's examples and its gradient, at the masks that the static step has."""
+        assert self._feeder is not None
+        size = self._feeder.rows
         for place in range(0, len(indices), size):
             prepared = self._take(step, place, size)
             inputs = self._buffers(prepared)

@@ -29,9 +29,10 @@ def packed_attention(
     """Softmax attention of every token to its own sequence: ``out_i = sum_j softmax_j(scale q_i k_j) v_j``.
 
     Differentiable once in ``query``, ``key`` and ``value``; backward computes the scores again. Sums are kept in at
-    least float32, and every sum has one order. The C++ kernel is made for sequences of up to about a hundred tokens;
-    its work grows with the square of the length like anybody's, but it does not block for caches as torch's
-    scaled_dot_product_attention does. How the Triton kernel compares with that is unmeasured.
+    least float32, and every sum has one order. The C++ kernel is made for short sequences (it is taken up to ``SHORT``
+    tokens, see :mod:`fastcircuit.models.packing`); its work grows with the square of the length like anybody's, but it
+    does not block for caches as torch's scaled_dot_product_attention does. How the Triton kernel compares with that is
+    unmeasured.
 
     Args:
         query: ``[H, T, d_head]``.

@@ -1,5 +1,8 @@
 """What is measured on a GPU runs, in small, on the CPU: the same functions on another device."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from fastcircuit.discovery.execution import Execution
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
 
+ROOT = Path(__file__).parents[2]
 SMALL = Shape(layers=2, heads=2, width=16, vocabulary=40, batch=3, tokens=6)
 SMALL_LLAMA = case.LlamaShape(layers=2, heads=2, width=16, mlp=24, vocabulary=40)
 
@@ -62,3 +66,12 @@ def test_ceilings_sparsities_and_a_whole_run():
 
 def test_rows_say_where_they_come_from():
     assert set(gpu_about()) == {"device", "driver", "cuda", "triton"}
+
+
+def test_what_a_gpu_measures_is_kept():
+    commands = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    measuring = [line for line in commands.splitlines() if "pytest" in line or "fastcircuit bench" in line]
+    assert [line.split(" ", 1)[1] for line in measuring] == [
+        "-m pytest -q -m gpu bench --record",
+        "bench --device cuda --quick --results bench/results",
+    ]

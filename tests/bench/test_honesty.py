@@ -10,9 +10,12 @@ import torch
 
 from fastcircuit.benchmarks.case import Variant, Work
 from fastcircuit.benchmarks.models import Shape
-from fastcircuit.benchmarks.suites import ops, step
+from fastcircuit.benchmarks.suites import ops, scaling, step
+from fastcircuit.benchmarks.suites.attribution import Stories
 from fastcircuit.benchmarks.timing import Clock
+from fastcircuit.discovery.static_step import StaticStep
 from fastcircuit.errors import RunError
+from fastcircuit.graph import Graph
 from fastcircuit.ops import masked_read, masked_read_backward_
 from tests.bench.toys import QUICK, claims, measured, toy
 
@@ -167,3 +170,38 @@ def test_a_step_with_wrong_masks_or_gradients_is_red(architecture):
     divergence = step.our_divergence(step.edge_pruning(operands))
     assert "numbers are off" in operands.check(lambda edge, node: divergence(edge * 0.999, node))
     assert "numbers are off" in operands.check(lambda edge, node: divergence(edge, node) * 1.001)
+
+
+@pytest.mark.parametrize("what", ["gradient", "kl"])
+def test_a_wrong_fixed_step_is_red(what, monkeypatch):
+    """A run that steps on fixed shapes, as on a GPU, is gated by those steps."""
+    operands = step.Operands(Shape(2, 4, 32, 101, 2, 9), "cpu")
+    assert step.fastcircuit_step(operands, step="fixed").check() is None
+    right = StaticStep.accumulate
+
+    def wrong(self, inputs):
+        right(self, inputs)
+        getattr(self, what).mul_(1.01)
+
+    monkeypatch.setattr(StaticStep, "accumulate", wrong)
+    assert "numbers are off" in step.fastcircuit_step(operands, step="fixed").check()
+    assert step.fastcircuit_step(operands, step="dynamic").check() is None
+
+
+def test_a_step_that_skips_what_is_on_is_red(monkeypatch):
+    """A sparse point is gated at masks with zeros: those are what it skips by."""
+    operands = scaling._opinionated(Shape(4, 8, 64, 101, 2, 9), "cpu")
+    assert scaling._sparse_point(0.8, operands).check() is None
+    live = Graph.live
+    monkeypatch.setattr(Graph, "live", lambda self, on: live(self, on if on.all() else on & (on.cumsum() % 2 == 0)))
+    assert step.fastcircuit_step(operands).check() is None
+    assert "numbers are off" in scaling._sparse_point(0.8, operands).check()
+
+
+def test_a_wrong_full_pass_is_red(monkeypatch):
+    stories = Stories(0.01, "cpu")
+    passes = stories.full_pass(), stories.published_full_pass()
+    assert [variant.check() for variant in passes] == [None, None]
+    right = stories.kl
+    monkeypatch.setattr(stories, "kl", lambda keep: right(keep) * 1.01)
+    assert all("the published form's" in variant.check() for variant in passes)

@@ -1,13 +1,15 @@
 """Results files: checked, append-only, and read back as they were written."""
 
 import dataclasses
+import subprocess
+from itertools import pairwise
 
 import pytest
 
 from fastcircuit.benchmarks import floors
 from fastcircuit.benchmarks.compare import changes, compare
 from fastcircuit.benchmarks.curves import curves, steepness
-from fastcircuit.benchmarks.environment import environment, slug
+from fastcircuit.benchmarks.environment import changed, check_committed, environment, slug
 from fastcircuit.benchmarks.pictures import PICTURES, draw_all
 from fastcircuit.benchmarks.rows import append, latest, read
 from fastcircuit.benchmarks.runner import Results
@@ -69,6 +71,32 @@ def test_environment_says_where_and_with_what():
     assert about["torch"]
     assert about["cpu_flags"]
     assert slug("cpu Intel(R) Xeon(R) Gold 6430, 2 cores") == "cpu-intel-xeon-gold-6430-2-cores"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with results and one file, everything committed; ``runs`` is ignored."""
+    root = tmp_path / "checkout"
+    (root / "bench" / "results").mkdir(parents=True)
+    (root / ".gitignore").write_text("runs/\n")
+    for file in ("bench/results/cpu.csv", "bench/NOTES.md"):
+        (root / file).write_text("as committed\n")
+    for command in ("init", "add .", "-c user.name=a -c user.email=a@b commit -m one"):
+        subprocess.run(["git", *command.split()], cwd=root, check=True, capture_output=True)
+    monkeypatch.setattr("fastcircuit.benchmarks.environment.ROOT", root)
+    return root
+
+
+def test_rows_that_are_kept_are_of_a_commit(checkout, tmp_path):
+    (checkout / "bench" / "results" / "cpu.csv").write_text("more rows\n")
+    check_committed(checkout / "bench" / "results")
+    (checkout / "bench" / "NOTES.md").write_text("changed\n")
+    assert changed() == ["bench/NOTES.md"]
+    for elsewhere in (checkout / "runs" / "bench", tmp_path / "rows"):
+        check_committed(elsewhere)
+    for kept in ("bench/results", "bench/results/new", "rows"):
+        with pytest.raises(InputError, match=r"are of a commit, and bench/NOTES\.md differs from it; commit first"):
+            check_committed(checkout / kept)
 
 
 def test_changes_have_noise_bands():
@@ -157,3 +185,32 @@ def test_pictures_of_what_there_is(tmp_path):
     _, missing = draw_all(rows[-2:], tmp_path / "again")
     assert missing == {"roofline": "ops", "memory": "scaling", "sparsity": "scaling"}
     assert (tmp_path / "again" / "latency.svg").read_bytes() == (tmp_path / "latency.svg").read_bytes()
+
+
+def labels_of(axis):
+    """Where its labels are drawn, those of x and of y, in order."""
+    axis.figure.draw_without_rendering()
+    low, high = axis.get_xlim()
+    across = [label.get_window_extent() for at, label in zip(axis.get_xticks(), axis.get_xticklabels(), strict=True)
+              if low <= at <= high]  # fmt: skip
+    return across, [label.get_window_extent() for label in axis.get_yticklabels()]
+
+
+def test_pictures_of_many_cases_can_be_read():
+    """Labels apart and in the figure, whatever the ratios, in no more than a page or two."""
+    shapes = [f"GPT-2 small, {batch} x 16" for batch in (1, 8, 32)]
+    names = [f"prefill, {heads} heads, 12 MLPs" for heads in range(6)]
+    variants = ("fastcircuit", "fastcircuit, compiled", "sdpa", "eager", "sdpa, compiled")
+    rows = [
+        row(suite="inference", name=name, shape=shape, variant=variant, baseline="sdpa", ratio_high=9000.0)
+        for name in names
+        for shape in shapes
+        for variant in variants
+    ]
+    for name, tallest in (("speedups", 6.0), ("latency", 9.0)):
+        figure = PICTURES[name][1](rows)
+        assert figure.get_figheight() < tallest
+        (across, down), width = labels_of(figure.axes[0]), figure.bbox.width
+        assert all(left.x1 < right.x0 for left, right in pairwise(across))
+        assert all(not a.overlaps(b) for a, b in pairwise(down))
+        assert all(label.x0 >= 0 and label.x1 <= width for label in across + down)

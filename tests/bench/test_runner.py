@@ -1,6 +1,8 @@
 """What a run measures: ratios within rounds, parts of a whole, threads, memory; and what is in its rows."""
 
 import gc
+import io
+import json
 import math
 import shutil
 import sys
@@ -8,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from fastcircuit.benchmarks import SUITES
+from fastcircuit.benchmarks import SUITES, memory
 from fastcircuit.benchmarks.case import Case, Target, Work
 from fastcircuit.benchmarks.ceilings import Ceilings
 from fastcircuit.benchmarks.memory import peak_bytes
@@ -16,6 +18,7 @@ from fastcircuit.benchmarks.registry import load
 from fastcircuit.benchmarks.suites import scaling
 from fastcircuit.benchmarks.timing import Budget, Clock, Spread, interleave
 from fastcircuit.errors import InputError, RunError
+from fastcircuit.ops.recycling import LEAST_BYTES, POOL
 from tests.bench.toys import BELIEVING, QUICK, claims, measured, toy
 
 
@@ -120,6 +123,20 @@ def test_peak_memory_is_that_of_the_variant(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RunError, match="the peak memory of 1 could not be measured: exit code 1"):
         peak_bytes(case, "1", QUICK, 1)
+
+
+def test_memory_that_setup_has_freed_is_counted_again(monkeypatch, capsys):
+    """What the pool holds when a variant begins would be resident before it, and be used by it."""
+    held = []
+    case = toy(setup=lambda: POOL.empty((2 * LEAST_BYTES,), torch.empty(0)).sum())
+    monkeypatch.setattr("fastcircuit.benchmarks.registry.load", lambda suite, target: [case])
+    monkeypatch.setattr(memory, "_status", lambda field: held.append(POOL.num_bytes) or 0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    request = {"suite": "toy", "key": case.key, "variant": "slow", "quick": True, "threads": 1}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    memory.main()
+    assert held == [0, 0]
+    assert capsys.readouterr().out == "0\n"
 
 
 def test_the_memory_of_a_compiler_is_not_a_variants(monkeypatch):

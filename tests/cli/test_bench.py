@@ -89,6 +89,24 @@ def test_a_curve_that_is_too_steep_fails(toys, run):
     assert "accepted: 0.6 to 1.4" in err
 
 
+def test_rows_of_no_commit_are_refused(toys, refuses, monkeypatch):
+    toys(toy())
+    monkeypatch.setattr("fastcircuit.benchmarks.environment.ROOT", Path.cwd())
+    monkeypatch.setattr("fastcircuit.benchmarks.environment.changed", lambda: ["a.py", "b.py"])
+    refuses("bench ops --results kept", "rows in kept are of a commit, and a.py and 1 more differs from it; commit")
+
+
+@pytest.mark.parametrize(("last", "code"), [(0.003, 0), (0.0099, 1), (0.012, 1)])
+def test_a_step_that_is_no_faster_when_sparse_fails(toys, run, last, code):
+    times = {"0": 0.01, "0.5": 0.02, "0.9": last}
+    case = toy(baseline=None, axis="sparsity", falls=True)
+    variants = {x: lambda _, s=s: toy(fast=s).variants["fastcircuit"](None) for x, s in times.items()}
+    toys(type(case)(**{**vars(case), "variants": variants}))
+    found, _, err = run("bench", "scaling", "--quick", "--json")
+    assert found == code, err
+    assert ("p50_ms does not fall with sparsity: 10 at 0, " in err) == bool(code)
+
+
 def test_compare_files(run, answer):
     rows.append(Path("old"), [row()])
     rows.append(Path("new"), [row(p20_ms=4.5, p50_ms=5.0, p80_ms=5.5)])
@@ -115,6 +133,13 @@ def test_check_and_its_floors(toys, run, answer, monkeypatch):
     code, _, err = run("bench", "check", "--json")
     assert code == 1
     assert "its floor is 100" in err
+
+
+def test_check_says_what_a_drop_is_and_where_there_are_floors(run):
+    _, out, _ = run("bench", "check", "--help")
+    assert "its interval's upper end too" in " ".join(out.split())
+    machines = json.loads(floors.FILE.read_text())["floors"]
+    assert all(f'"{machine}"' in " ".join(out.split()) for machine in machines)
 
 
 def test_plot(run, answer):

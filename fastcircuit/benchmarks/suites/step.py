@@ -16,8 +16,9 @@ from fastcircuit.benchmarks.case import Case, Target, Variant, Work
 from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import SHAPES, Shape, random_model, random_pairs, room
 from fastcircuit.discovery.edge_pruning import EdgePruning
+from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.settings import Settings
-from fastcircuit.discovery.steppers import DynamicStepper
+from fastcircuit.discovery.steppers import DynamicStepper, FixedStepper
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks, edge_writers
@@ -129,15 +130,28 @@ class Operands:
         if self.published_truth:
             divergence = published_divergence(PublishedEdgePruning(model), published_batch(self))
         else:
-            divergence = our_divergence(edge_pruning(self, model, backend="reference"))
+            divergence = our_divergence(edge_pruning(self, model, step="dynamic", backend="reference"))
         return _with_gradients(divergence, self.edge.double(), self.node.double())
 
+    def at(self, edge: Tensor, node: Tensor) -> "Operands":
+        """The same operands, whose gate compares at these masks."""
+        other = copy.copy(self)
+        other.__dict__.pop("truth", None)
+        other.edge, other.node = edge, node
+        return other
+
     def check(self, divergence: Divergence) -> str | None:
-        """The gate: ``divergence(edge, node)`` and its gradients against the truth."""
-        results = _with_gradients(divergence, self.edge, self.node)
-        # The KL is a difference of log-probabilities: rounding is relative to those, about ln V, not to what is left.
-        scales = [math.log(self.shape.vocabulary), *(float(truth.abs().max()) for truth in self.truth[1:])]
-        pairs = list(zip(results, self.truth, scales, strict=True))
+        """The gate: ``divergence(edge, node)`` and its gradients against the truth.
+
+        A mask of exactly 0 is clamped and has no gradient: what only such masks read may be skipped.
+        """
+        kl, *gradients = _with_gradients(divergence, self.edge, self.node)
+        # The KL is a difference of log-probabilities: rounding is relative to those, about ln V, not to what is left;
+        # that of gradients to the largest there is, of masks of 0 too: those that are on may cancel to nothing.
+        largest = max(float(truth.abs().max()) for truth in self.truth[1:])
+        pairs = [(kl, self.truth[0], math.log(self.shape.vocabulary))]
+        for found, truth, mask in zip(gradients, self.truth[1:], (self.edge, self.node), strict=True):
+            pairs.append((found * (mask != 0), truth * (mask != 0), largest))
         return problem(pairs, model_terms(self.shape.layers, self.shape.width), torch.float32)
 
 
@@ -149,7 +163,9 @@ def _with_gradients(divergence: Divergence, edge: Tensor, node: Tensor) -> tuple
     return kl.detach(), of_edges, of_nodes
 
 
-def edge_pruning(operands: Operands, model: Any = None, learning_rate: float = 1.0, **changes: Any) -> EdgePruning:
+def edge_pruning(
+    operands: Operands, model: Any = None, learning_rate: float = 1.0, step: str = "auto", **changes: Any
+) -> EdgePruning:
     """Our run of the operands' model, or of ``model``; its masks start on and stay there."""
     masked = MaskedCausalLM(operands.model if model is None else model, **changes)
     settings = Settings(
@@ -159,15 +175,32 @@ def edge_pruning(operands: Operands, model: Any = None, learning_rate: float = 1
         sparsity_warmup=LONG,
         learning_rate=learning_rate,
     )
-    return EdgePruning(Reference(masked, operands.pairs), operands.shape.graph.num_edges, settings)
+    reference = Reference(masked, operands.pairs)
+    return EdgePruning(reference, operands.shape.graph.num_edges, settings, execution=Execution(step))
 
 
 def our_divergence(run: EdgePruning) -> Divergence:
-    """KL of all the run's examples as one batch."""
+    """KL of all the run's examples as one batch, by the stepper that takes the run's steps."""
+    stepper = run.stepper
+    if isinstance(stepper, FixedStepper):
+        return _fixed_divergence(run, stepper)
     everything = torch.arange(len(run.reference))
-    return lambda edge, node: DynamicStepper(run.reference, run.parameters, None).divergence(
-        Masks(edge, node), run.reference.batch(everything)
-    )
+    return lambda edge, node: stepper.divergence(Masks(edge, node), run.reference.batch(everything))
+
+
+def _fixed_divergence(run: EdgePruning, stepper: FixedStepper) -> Divergence:
+    """What the fixed step accumulates: a KL and its gradient by the product of the masks, put together for autograd."""
+
+    def divergence(edge: Tensor, node: Tensor) -> Tensor:
+        product = Masks(edge, node).product(run.model.graph)
+        stepper.fit(run.micro_batch)
+        for _ in ("as it is", "recorded and replayed"):
+            stepper.static.start(product.detach())
+            stepper.accumulate(run.step_number, run.batch_indices(run.step_number))
+        static = stepper.static
+        return static.kl.clone() + (static.gradient.clone() * (product - product.detach())).sum()
+
+    return divergence
 
 
 def published_divergence(published: PublishedEdgePruning, batch: dict[str, Tensor]) -> Divergence:
