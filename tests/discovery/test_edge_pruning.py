@@ -70,6 +70,18 @@ def test_the_circuit_has_exactly_the_edges_asked_for(model, edges, ablation):
     assert found.history.shape == (QUICK.steps, 5)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_run_in_bfloat16_ends_at_the_size_with_a_circuit_better_than_chance(name):
+    model, task = MaskedCausalLM(tiny_model(name, torch.bfloat16)), make_task()
+    found = discover(model, task, edges=40, settings=QUICK)
+    assert found.circuit.num_edges == 40
+    assert torch.isfinite(found.history).all()
+    chance = top_circuit(model.graph, np.random.default_rng(0).normal(size=model.graph.num_edges), 40)
+    wide = Reference(MaskedCausalLM(tiny_model(name, torch.bfloat16).double()), task.split("train"))  # the same weights
+    kl, chance_kl = (mean_kl(wide, Masks.from_circuit(each)) for each in (found.circuit, chance))
+    assert kl < 0.8 * chance_kl
+
+
 def test_sparsity_is_a_fraction_of_all_edges(model):
     found = discover(model, make_task(), sparsity=0.9, settings=QUICK)
     assert found.circuit.num_edges == round(0.1 * model.graph.num_edges)
