@@ -48,12 +48,10 @@ def dump(file: CircuitFile) -> list[list[str]]:
 
 def _published_nodes(circuit: Circuit) -> EmbeddingNodes:
     graph, architecture = circuit.graph, circuit.model.get("architecture")
-    if architecture is not None:
-        return "split" if architecture in ("gpt2", "tracr") else "joint"
-    if graph.num_kv_heads < graph.num_heads:
-        return "joint"
-    if graph.embedding_nodes == "split":
+    if graph.embedding_nodes == "split" or architecture in ("gpt2", "tracr"):
         return "split"
+    if architecture is not None or graph.num_kv_heads < graph.num_heads:
+        return "joint"
     raise InputError(
         f"it counts embeddings as {graph.embedding_nodes!r} and does not say of which model it is, and edge-pruning "
         "lists have two embeddings for GPT-2 and one for Llama; name it (convert --model)"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastcircuit import zoo
 from fastcircuit.errors import InputError
-from fastcircuit.graph import EmbeddingNodes, Graph
+from fastcircuit.graph import EmbeddingNodes
 from fastcircuit.models.masked import MaskedCausalLM, check_supported, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -49,11 +49,6 @@ def load_config(name: str) -> Any:
         raise InputError(f"cannot load the config of {name!r}: {first_line(error)}") from error
     check_supported(config)
     return config
-
-
-def load_graph(name: str, embedding_nodes: EmbeddingNodes = "split") -> Graph:
-    """The graph of a model, from its config alone."""
-    return Graph.from_config(load_config(name), embedding_nodes)
 
 
 def shapes_of_model(name: str, dtype: str = "float32", embedding_nodes: EmbeddingNodes = "split") -> MaskedCausalLM:

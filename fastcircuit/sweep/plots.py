@@ -15,6 +15,7 @@ from fastcircuit.sweep.runner import Sweep
 from fastcircuit.sweep.tables import circuit_rows, extraction_rows
 
 ABLATION_LABELS = {"mean": "mean ablation", "zero": "zero ablation"}
+PRUNED_LABELS = {True: "heads and MLPs", False: "heads alone"}
 
 
 def write_plots(sweep: Sweep, directory: Path, truth: Truth | None = None) -> list[Path]:
@@ -74,7 +75,9 @@ def _seeds_line(rows: Sequence[dict[str, Any]], method: str, name: str) -> Line:
 def extraction_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     """Accuracy against size and size against the threshold alpha, means over seeds (circuit extraction, figs. 2, 3)."""
     by_size, by_alpha = [], []
-    for some, label, style, mlps in _extracted(rows):
+    styles = {ablation: style for style, ablation in enumerate(sorted({row["ablation"] for row in rows}))}
+    for some, ablation, mlps in _extracted(rows):
+        label, style = f"{ABLATION_LABELS[ablation]}, {PRUNED_LABELS[mlps]}", styles[ablation]
         alphas = sorted({row["threshold"] for row in some})
         means = [
             [float(np.mean([row[name] for row in some if row["threshold"] == alpha])) for alpha in alphas]
@@ -91,12 +94,11 @@ def extraction_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     ]
 
 
-def _extracted(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str, int, bool]]:
-    """The rows of every ablation, with MLPs and without; what to call them, their style, and whether MLPs could go."""
-    for style, ablation in enumerate(sorted({row["ablation"] for row in rows})):
+def _extracted(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], str, bool]]:
+    """The rows of every ablation, with MLPs and without; the ablation, and whether MLPs could go."""
+    for ablation in sorted({row["ablation"] for row in rows}):
         for mlps in sorted({row["mlps"] for row in rows}):
-            some = [row for row in rows if (row["ablation"], row["mlps"]) == (ablation, mlps)]
-            yield some, f"{ABLATION_LABELS[ablation]}, {'heads and MLPs' if mlps else 'heads alone'}", style, mlps
+            yield [row for row in rows if (row["ablation"], row["mlps"]) == (ablation, mlps)], ablation, mlps
 
 
 def roc_panels(sweep: Sweep, truth: Truth) -> list[Panel]:
@@ -117,23 +119,22 @@ def roc_panels(sweep: Sweep, truth: Truth) -> list[Panel]:
 
 
 def extraction_roc_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
-    """ROC curves of the heads that are kept as the threshold varies (circuit extraction, figs. 8 and 9).
+    """ROC curves of the heads that are kept as the threshold varies, by ablation (circuit extraction, figs. 8 and 9).
 
-    Rates are means over seeds, and so are the areas that the legend names.
+    Rates are means over seeds, and so are the areas that the titles name.
     """
-    lines = []
-    for some, label, style, mlps in _extracted(rows):
+    known = [row for row in rows if row["tpr"] is not None and row["fpr"] is not None]
+    panels: dict[str, tuple[list[Line], list[str]]] = {}
+    for some, ablation, mlps in _extracted(known):
         alphas = sorted({row["threshold"] for row in some})
         groups = [[row for row in some if row["threshold"] == alpha] for alpha in alphas]
-        if any(row[name] is None for row in some for name in ("tpr", "fpr")):
-            continue
-        curve = curve_through(
-            {name: np.mean([row[name] for row in group]) for name in ("tpr", "fpr")} for group in groups
-        )
+        rates = [{name: float(np.mean([row[name] for row in group])) for name in ("tpr", "fpr")} for group in groups]
+        curve = curve_through(rates)
         assert curve is not None
-        label = f"{label}: AUC {np.mean([row['auc'] for row in some]):.2f}"
-        lines.append(Line(label, curve.fpr, curve.tpr, style=style, dashed=not mlps))
-    return [_roc_panel(lines, "heads")] if lines else []
+        lines, areas = panels.setdefault(ABLATION_LABELS[ablation], ([], []))
+        lines.append(Line(PRUNED_LABELS[mlps], curve.fpr, curve.tpr, style=int(mlps), dashed=not mlps))
+        areas.append(f"{PRUNED_LABELS[mlps]} {np.mean([row['auc'] for row in some]):.2f}")
+    return [_roc_panel(lines, f"heads, {label}\nAUC: {', '.join(areas)}") for label, (lines, areas) in panels.items()]
 
 
 def _roc_panel(lines: Sequence[Line], title: str) -> Panel:
