@@ -62,7 +62,7 @@ class Case:
         bound: the largest speed-up over the baseline that the work left allows, from what ``setup`` returned.
         bounded: the variants the bound is for.
         counts_memory: measure every variant's peak memory too, each in a process of its own.
-        no_memory: the variants whose peak would be that of a compiler at work, and is not measured.
+        no_memory: the variants whose peak would be a compiler's, or that of weights they make; it is not measured.
         axis: the variants are points of a curve against this quantity, and their names its values.
         exponents: what a curve's fitted exponent may be.
         falls: a curve's time at its last point must be lower than at its first.

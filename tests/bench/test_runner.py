@@ -128,7 +128,7 @@ def test_peak_memory_is_that_of_the_variant(monkeypatch):
 def test_memory_that_setup_has_freed_is_counted_again(monkeypatch, capsys):
     """What the pool holds when a variant begins would be resident before it, and be used by it."""
     held = []
-    case = toy(setup=lambda: POOL.empty((2 * LEAST_BYTES,), torch.empty(0)).sum())
+    case = toy(setup=lambda: POOL.empty((2 * LEAST_BYTES,), torch.empty(0)).fill_(1.0).sum())
     monkeypatch.setattr("fastcircuit.benchmarks.registry.load", lambda suite, target: [case])
     monkeypatch.setattr(memory, "_status", lambda field: held.append(POOL.num_bytes) or 0)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
@@ -137,6 +137,24 @@ def test_memory_that_setup_has_freed_is_counted_again(monkeypatch, capsys):
     memory.main()
     assert held == [0, 0]
     assert capsys.readouterr().out == "0\n"
+
+
+@pytest.mark.parametrize("suite", ["attribution", "extraction", "inference", "serving"])
+def test_memory_is_counted_in_full_runs(suite):
+    cases = load(suite, Target("cpu"))
+    assert all(case.counts_memory for case in cases if not case.shape.endswith(" thresholds"))
+    assert not any(case.counts_memory for case in load(suite, QUICK))
+
+
+def test_the_peak_of_setup_is_not_the_variants(monkeypatch, capsys):
+    """A setup that took 200 MB and freed them leaves no trace in what a variant of no size needs."""
+    case = toy(setup=lambda: torch.ones(50_000_000).sum())
+    monkeypatch.setattr("fastcircuit.benchmarks.registry.load", lambda suite, target: [case])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    request = {"suite": "toy", "key": case.key, "variant": "slow", "quick": True, "threads": 1}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request)))
+    memory.main()
+    assert int(capsys.readouterr().out) < 50e6
 
 
 def test_the_memory_of_a_compiler_is_not_a_variants(monkeypatch):

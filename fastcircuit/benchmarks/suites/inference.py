@@ -63,6 +63,8 @@ def _case(phase: str, circuit: str, answers: tuple[int, ...] | None, shape: Shap
         baseline="everything kept" if phase == "decode" else "sdpa",
         bound=Operands.bound,
         bounded=("fastcircuit",),
+        counts_memory=not target.quick,
+        no_memory=("fastcircuit, compiled", "sdpa, compiled", "everything kept"),  # the last makes weights of its own
         ours=("fastcircuit",),
     )
 

@@ -30,6 +30,7 @@ def cases(target: Target) -> Iterator[Case]:
             setup=functools.partial(Operands, requests, target.device),
             variants={"fastcircuit": engine, "generate": one_by_one},
             baseline="generate",
+            counts_memory=not target.quick,
         )
 
 
