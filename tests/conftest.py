@@ -16,3 +16,10 @@ if importlib.util.find_spec("fastcircuit_kernels") is None:
     package.__path__ = [str(Path(__file__).parents[1] / "kernels")]
     package.__spec__ = importlib.util.spec_from_loader("fastcircuit_kernels", loader=None, is_package=True)
     sys.modules["fastcircuit_kernels"] = package
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from triton.runtime import interpreter
+
+    # The kernel has patched the language already; patching it again at every call of a function takes longer than most
+    # calls do, and each time wraps what it wrapped before.
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)

@@ -11,7 +11,7 @@ TOKENS, WIDTH, WRITERS = 2048, 768, 157
 # One call of every op: what tests compile again.
 MAIN = (
     "masked_read live torch.bfloat16",
-    "live_writers 157",
+    "live_writers 157 wanted",
     "hard_concrete torch.float32",
     "answer_kl bfloat16",
     "read_norm bfloat16 37",
@@ -70,7 +70,7 @@ def _masked_read(
     stream, grad = (_meta(rows, TOKENS, WIDTH, dtype=dtype) for rows in (WRITERS, readers))
     grad_stream = _meta(WRITERS, TOKENS, WIDTH, dtype=grad_dtype or dtype)
     base, mask = stream[0], _meta(readers, WRITERS, dtype=mask_dtype)
-    listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
+    listed = _meta(WRITERS + 2 + readers, dtype=torch.int32) if live else None
 
     def call() -> None:
         kernels.masked_read(stream, mask, base, listed, precision)
@@ -84,7 +84,11 @@ def _masked_read(
 def _live_writers() -> dict[str, Callable[[], Any]]:
     from fastcircuit_kernels.live_writers import live_writers
 
-    return {f"live_writers {writers}": lambda w=writers: live_writers(_meta(37, w)) for writers in (157, 1640)}
+    wanted = _meta(37, dtype=torch.int32)
+    return {
+        "live_writers": lambda: live_writers(_meta(37, WRITERS), None),
+        **{f"live_writers {w} wanted": lambda w=w: live_writers(_meta(37, w), wanted) for w in (WRITERS, 1640)},
+    }
 
 
 def _hard_concrete() -> dict[str, Callable[[], Any]]:
@@ -128,7 +132,7 @@ def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         stream, mask = _meta(WRITERS, TOKENS, WIDTH, dtype=dtype), _meta(readers, WRITERS, dtype=wide)
         base, weight = stream[0], _meta(WIDTH, dtype=dtype)
-        listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
+        listed = _meta(WRITERS + 2 + readers, dtype=torch.int32) if live else None
         bias = weight if centered else None
         y, stats = kernels.read_norm(stream, mask, base, weight, bias, 1e-5, centered, 0, listed, precision, fused)
         kernels.read_norm_grad(y, stats, stream, mask, base, weight, centered, 0, listed, precision, fused)
