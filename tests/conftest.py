@@ -18,8 +18,18 @@ if importlib.util.find_spec("fastcircuit_kernels") is None:
     sys.modules["fastcircuit_kernels"] = package
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpretedFunction
 
-    # The kernel has patched the language already; patching it again at every call of a function takes longer than most
-    # calls do, and each time wraps what it wrapped before.
-    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    patching, patched = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        """A device function's call: the first of its module patches the language, which takes longer than most calls.
+
+        What it patches beside the kernel's own patches stays so.
+        """
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(self.fn.__module__)
+        return patching(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call

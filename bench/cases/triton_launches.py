@@ -10,7 +10,7 @@ TOKENS, WIDTH, WRITERS = 2048, 768, 157
 
 # One call of every op: what tests compile again.
 MAIN = (
-    "masked_read live torch.bfloat16",
+    "masked_read live bfloat16 37",
     "live_writers 157 wanted",
     "hard_concrete torch.float32",
     "answer_kl bfloat16",
@@ -50,8 +50,14 @@ def _masked_reads(hip: bool) -> dict[str, Callable[[], Any]]:
             readers, torch.bfloat16, grad_dtype=torch.float32
         )
     found["masked_read float64 1"] = _masked_read(1, torch.float64)
-    for dtype in (torch.bfloat16, torch.float32):
-        found[f"masked_read live {dtype}"] = _masked_read(37, dtype, live=True)
+    # With 130, the backward is split: it takes 128 at once.
+    for readers in (37, 121, 130):
+        found[f"masked_read live bfloat16 {readers}"] = _masked_read(readers, torch.bfloat16, live=True)
+    for precision in _precisions(hip):
+        for readers in (37, 121):
+            found[f"masked_read live {precision} {readers}"] = _masked_read(
+                readers, torch.float32, precision, live=True
+            )
     return found
 
 
@@ -144,7 +150,17 @@ def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
     }
     for readers in (1, 37, 121):
         found[f"read_norm bfloat16 {readers}"] = lambda r=readers: call(r, torch.bfloat16, "ieee", True, False, True)
-    found["read_norm bfloat16 live"] = lambda: call(37, torch.bfloat16, "ieee", True, True, True)
+    # A layer of GPT-2 small, of a 13B Llama.
+    for readers, centered in ((37, True), (121, False)):
+        found[f"read_norm bfloat16 live {readers}"] = lambda r=readers, c=centered: call(
+            r, torch.bfloat16, "ieee", c, True, True
+        )
+        for precision in _precisions(hip):
+            found[f"read_norm live {precision} {readers}"] = lambda r=readers, p=precision, c=centered: call(
+                r, torch.float32, p, c, True, True
+            )
+    found["read_norm bfloat16 live rms"] = lambda: call(37, torch.bfloat16, "ieee", False, True, True)
+    found["read_norm bfloat16 live apart"] = lambda: call(37, torch.bfloat16, "ieee", True, True, False)
     found["read_norm bfloat16 apart"] = lambda: call(37, torch.bfloat16, "ieee", True, False, False)
     found["read_norm bfloat16 rms"] = lambda: call(37, torch.bfloat16, "ieee", False, False, True)
     found["read_norm float16"] = lambda: call(37, torch.float16, "ieee", True, False, True)
