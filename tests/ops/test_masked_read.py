@@ -28,12 +28,16 @@ SHAPES = [
     (7, 7, 3, 0),
 ]
 INTERPRETED_SHAPES = [(1, 1, 1, 1), (5, 13, 11, 7), (17, 40, 3, 5), (0, 3, 2, 2), (3, 0, 2, 2), (7, 7, 0, 3)]
+# More readers than one program takes, over more columns than one step; more writers than a model of 13B parameters.
+LARGE_SHAPES = {(130, 3, 2, 300): torch.bfloat16, (2, 2000, 1, 33): torch.float32}
 
 
 def _skip_what_the_backend_lacks(backend, shape, dtype):
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ kernels have no float16")
-    if backend == "triton" and shape not in INTERPRETED_SHAPES:
+    if LARGE_SHAPES.get(shape, dtype) != dtype:
+        pytest.skip("too large for every dtype")
+    if backend == "triton" and shape not in [*INTERPRETED_SHAPES, *LARGE_SHAPES]:
         pytest.skip("too large for Triton's interpreter")
 
 
@@ -60,7 +64,7 @@ def _assert_as_good_as_torch(ours, plain, exact):
     assert np.abs(_exact(ours) - exact).max() <= 2 * np.abs(_exact(plain) - exact).max() + step
 
 
-@pytest.mark.parametrize("shape", SHAPES + INTERPRETED_SHAPES[1:3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *INTERPRETED_SHAPES[1:3], *LARGE_SHAPES], ids=str)
 @pytest.mark.parametrize(("dtype", "mask_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_forward(backend, shape, dtype, mask_dtype, with_base):
@@ -77,7 +81,7 @@ def test_forward(backend, shape, dtype, mask_dtype, with_base):
     _assert_as_good_as_torch(ours, plain, exact)
 
 
-@pytest.mark.parametrize("shape", SHAPES + INTERPRETED_SHAPES[1:3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *INTERPRETED_SHAPES[1:3], *LARGE_SHAPES], ids=str)
 @pytest.mark.parametrize(("dtype", "mask_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("grad_dtype", ["as stream", "float32", None])
 def test_backward(backend, shape, dtype, mask_dtype, grad_dtype):
@@ -156,6 +160,21 @@ def test_every_thread_count_gives_the_same_answer_every_time(backend, threads, d
     torch.testing.assert_close(reads[0], reference.masked_read(stream, mask, base))
     exact = torch.einsum("rtd,wtd->rw", grad_reads.float(), stream.float())
     torch.testing.assert_close(masks[0], exact, atol=2e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("live", [False, True])
+def test_the_triton_backward_gives_the_same_bits_again(backend, dtype, live):
+    """Of sums in several parts, by readers that two programs share."""
+    if backend != "triton":
+        pytest.skip("of the others, test_every_thread_count_gives_the_same_answer_every_time")
+    stream, mask, _, grad_reads = _operands((130, 21, 4, 100), dtype, torch.float32)
+    mask = _clamped(mask)
+    listed = live_writers(mask, backend=backend) if live else None
+    grads = [torch.ones_like(stream) for _ in range(2)]
+    masks = [masked_read_backward_(grad_reads, stream, mask, grad, live=listed, backend=backend) for grad in grads]
+    assert torch.equal(*grads)
+    assert torch.equal(*masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
