@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 # float32 runs on the vector units, where rows added by padding cost as much as others: the tile with the least padding
 # is taken, and as the tiles of one range of columns run side by side, the stream comes from L2 but for the first.
 READS = {
-    "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 16, 256, 4, 4), Tile(128, 16, 256, 8, 4)),
+    "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 16, 256, 8, 4), Tile(128, 16, 256, 8, 4)),
     # Rows of their own to add to want registers as well.
     "half, added": (
         Tile(16, 32, 256, 4, 4),
@@ -46,7 +46,7 @@ READS = {
         Tile(128, 32, 128, 8, 3),
     ),
     "tf32": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 2)),
-    "tf32x3": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 16, 128, 8, 2)),
+    "tf32x3": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 16, 64, 8, 2)),
     "ieee": (Tile(16, 16, 128, 4, 3), Tile(32, 16, 128, 4, 3), Tile(64, 16, 128, 8, 3)),
     "float64": (Tile(16, 16, 32, 4, 1),),
 }
@@ -54,7 +54,7 @@ READS = {
 PRODUCTS = {
     "half": (Tile(16, 128, 64, 4, 3), Tile(32, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 2)),
     "tf32": (Tile(16, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 2)),
-    "tf32x3": (Tile(16, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(128, 32, 64, 8, 2)),
+    "tf32x3": (Tile(16, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 8, 3), Tile(128, 16, 64, 8, 2)),
     "ieee": (Tile(16, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 8, 3)),
     "float64": (Tile(16, 32, 16, 4, 1),),
 }
