@@ -5,8 +5,10 @@ Every tensor is seen as rows of N = T * d numbers, N being by far the longest ax
 summed; parts are added up in order by a second kernel. So there are no atomics, and the same inputs always give the
 same bits.
 
-``live``, int32 [W + 2], lists the writers that are read: how many have a mask strictly between 0 and 1 somewhere, how
-many have one other than 0, then their rows, those of the first kind first. The other rows are never touched.
+``live``, int32 [W + 2 + R], lists the writers that are read: how many have a mask strictly between 0 and 1 somewhere,
+how many have one other than 0, then all rows, those of the first kind first; then it has a 1 for every reader that is
+wanted. The other rows are never touched. The readers are not brought together as the writers are: one tile mostly holds
+all of them, so that leaving out some of its rows saves the same memory traffic.
 
 The tiles were chosen by arithmetic and by what compilers report (registers, spills, shared memory); none was timed, and
 what CUDA C++ with wgmma and TMA would gain over these kernels is unmeasured.
@@ -35,7 +37,7 @@ class Tile(NamedTuple):
 # float32 runs on the vector units, where rows added by padding cost as much as others: the tile with the least padding
 # is taken, and as the tiles of one range of columns run side by side, the stream comes from L2 but for the first.
 READS = {
-    "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 16, 256, 4, 4), Tile(128, 16, 256, 8, 4)),
+    "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 16, 256, 8, 4), Tile(128, 16, 256, 8, 4)),
     # Rows of their own to add to want registers as well.
     "half, added": (
         Tile(16, 32, 256, 4, 4),
@@ -44,7 +46,7 @@ READS = {
         Tile(128, 32, 128, 8, 3),
     ),
     "tf32": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 2)),
-    "tf32x3": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 16, 128, 8, 2)),
+    "tf32x3": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 16, 64, 8, 2)),
     "ieee": (Tile(16, 16, 128, 4, 3), Tile(32, 16, 128, 4, 3), Tile(64, 16, 128, 8, 3)),
     "float64": (Tile(16, 16, 32, 4, 1),),
 }
@@ -52,7 +54,7 @@ READS = {
 PRODUCTS = {
     "half": (Tile(16, 128, 64, 4, 3), Tile(32, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 2)),
     "tf32": (Tile(16, 64, 64, 4, 3), Tile(32, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 8, 2)),
-    "tf32x3": (Tile(16, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 4, 3), Tile(128, 32, 64, 8, 2)),
+    "tf32x3": (Tile(16, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 8, 3), Tile(128, 16, 64, 8, 2)),
     "ieee": (Tile(16, 32, 64, 4, 3), Tile(32, 32, 64, 4, 3), Tile(64, 32, 64, 8, 3)),
     "float64": (Tile(16, 32, 16, 4, 1),),
 }
@@ -74,7 +76,7 @@ def read(
     """out[ROWS, N] = start + z[ROWS, INNER] @ in[INNER, N].
 
     START is "none", "shared" by all rows, or "own". LIVE is "none", or says of which axis the live list gives the
-    indices: "inner" or "rows".
+    indices: "inner" or "rows"; readers are the other one.
     """
     i_program = tl.program_id(0).to(tl.int64)
     n_tiles = (ROWS + BM - 1) // BM
@@ -89,9 +91,12 @@ def read(
         o_row = tl.load(p_live + 2 + o_m, mask=o_m < n_rows, other=0).to(tl.int64)
     else:
         o_row = o_m
+    m_m, m_n = o_m < n_rows, o_n < N
     if LIVE == "inner":
         n_inner = tl.load(p_live + 1)
-    m_m, m_n = o_m < n_rows, o_n < N
+        m_m &= tl.load(p_live + 2 + INNER + o_m, mask=m_m, other=0) != 0
+        if tl.max(m_m.to(tl.int32), axis=0) == 0:
+            return
     b_acc = tl.zeros([BM, BN], dtype=ACC)  # [BM, BN]
     if START == "shared":
         b_acc += tl.load(p_start + o_n, mask=m_n, other=0.0).to(ACC)[None, :]
@@ -100,6 +105,8 @@ def read(
         m_k = o_k < n_inner
         if LIVE == "inner":
             o_k = tl.load(p_live + 2 + o_k, mask=m_k, other=0).to(tl.int64)
+        if LIVE == "rows":
+            m_k &= tl.load(p_live + 2 + ROWS + o_k, mask=m_k, other=0) != 0
         b_z = tl.load(
             p_z + o_row[:, None] * stride_z_row + o_k[None, :] * stride_z_inner,
             mask=m_m[:, None] & m_k[None, :], other=0.0, eviction_policy="evict_last",
@@ -123,7 +130,7 @@ def row_products(
 ):  # fmt: skip
     """partial[part, R, W] = the products of the rows of x[R, N] and d[W, N] over one part of the columns.
 
-    With LIVE, only of the writers whose mask is strictly between 0 and 1 somewhere.
+    With LIVE, only of the readers that are wanted and the writers whose mask is strictly between 0 and 1 somewhere.
     """
     i_w, i_m, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
@@ -135,6 +142,9 @@ def row_products(
             return
     m_m, m_w = o_m < R, o_w < n_writers
     if LIVE:
+        m_m &= tl.load(p_live + 2 + W + o_m, mask=m_m, other=0) != 0
+        if tl.max(m_m.to(tl.int32), axis=0) == 0:
+            return
         o_w = tl.load(p_live + 2 + o_w, mask=m_w, other=0).to(tl.int64)
     b_acc = tl.zeros([BM, BN], dtype=ACC)  # [BM, BN]
     for c in range(0, COLUMNS_PER_PART, BK):
@@ -153,12 +163,15 @@ def row_products(
 
 @triton.jit
 def backward(
-    p_g, p_d, p_z, p_gd, p_partial, p_live, R, W, N, COLUMNS_PER_PART,
+    p_g, p_d, p_z, p_gd, p_partial, p_live, FIRST, R, W, N, COLUMNS_PER_PART,
     stride_g, stride_d, stride_z_reader, stride_z_writer, stride_gd,
     ACCUMULATE: tl.constexpr, LIVE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
     BM: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """gd[W, N] += z^T g and partial[part, R, W] = the products of the rows of g and d, for R <= BM readers."""
+    """gd[W, N] += z^T g and partial[part, R, W] = the products of the rows of g and d, for R <= BM readers.
+
+    Those are from FIRST on among the readers of the live list.
+    """
     i_w, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BM).to(tl.int64)
     o_w = i_w * BW + tl.arange(0, BW)
@@ -169,6 +182,7 @@ def backward(
             return
     m_m, m_w, m_open = o_m < R, o_w < n_writers, o_w < n_open
     if LIVE:
+        m_m &= tl.load(p_live + 2 + W + FIRST + o_m, mask=m_m, other=0) != 0
         o_w = tl.load(p_live + 2 + o_w, mask=m_w, other=0).to(tl.int64)
     b_z = tl.load(
         p_z + o_w[:, None] * stride_z_writer + o_m[None, :] * stride_z_reader,
@@ -197,11 +211,14 @@ def backward(
 
 @triton.jit
 def add_parts(
-    p_partial, p_z, p_out, PARTS, R, W,
+    p_partial, p_z, p_out, p_live, FIRST, PARTS, R, W,
     stride_z_reader, stride_z_writer,
     LIVE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out[R, W] = sum of partial[PARTS, R, W], in order; with LIVE, 0 where z is not strictly between 0 and 1."""
+    """out[R, W] = sum of partial[PARTS, R, W], in order.
+
+    With LIVE, 0 where z is not strictly between 0 and 1, and for readers that are not wanted.
+    """
     o_i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     size = R * W
     m_i = o_i < size
@@ -209,7 +226,8 @@ def add_parts(
     if LIVE:
         p_z += (o_i // W) * stride_z_reader + (o_i % W) * stride_z_writer
         b_z = tl.load(p_z, mask=m_i, other=0.0)
-        m_part = m_i & (b_z > 0) & (b_z < 1)
+        b_wanted = tl.load(p_live + 2 + W + FIRST + o_i // W, mask=m_i, other=0)
+        m_part = m_i & (b_wanted != 0) & (b_z > 0) & (b_z < 1)
     b_acc = tl.zeros([BN], dtype=ACC)
     for part in range(0, PARTS, BP):
         o_p = (part + tl.arange(0, BP)).to(tl.int64)
@@ -237,7 +255,7 @@ def tile_for(tiles: tuple[Tile, ...], rows: int) -> Tile:
 def stages(tile: Tile, indirect: bool = False) -> int:
     """AMD's local memory is a quarter of NVIDIA's shared memory, so pipelines there are short.
 
-    Where a load's address is itself loaded, Triton's pipeliner shares the stages out between the two loads.
+    Where a load's address or mask is itself loaded, Triton's pipeliner shares the stages out between the two loads.
     """
     if torch.version.hip:
         return min(tile.num_stages, 2)
@@ -273,7 +291,7 @@ def _launch_read(z, rows, start, out, live, live_axis, precision):
         z, rows, start, out, live, z.shape[0], z.shape[1], n, *z.stride(), rows.stride(0), stride_start, out.stride(0),
         START=kind, LIVE="none" if live is None else live_axis, PRECISION=_precision(dtype, precision),
         PIECES=_pieces(out), ACC=_accumulator(dtype), BM=tile.rows, BK=tile.inner, BN=tile.columns,
-        num_warps=tile.num_warps, num_stages=stages(tile, live is not None and live_axis == "inner"),
+        num_warps=tile.num_warps, num_stages=stages(tile, live is not None),
     )  # fmt: skip
 
 
@@ -317,7 +335,7 @@ def mask_gradient(
         LIVE=live is not None, PRECISION=_precision(stream.dtype, precision), ACC=_accumulator(stream.dtype),
         BM=tile.rows, BK=tile.inner, BN=tile.columns, num_warps=tile.num_warps, num_stages=stages(tile),
     )  # fmt: skip
-    return _add_parts(partial, mask, live)
+    return _add_parts(partial, mask, live, 0)
 
 
 def both_gradients(
@@ -336,12 +354,13 @@ def both_gradients(
         return mask_gradient(grad_reads, stream, mask, live, precision)
     most = tiles[-1].rows
     grads = []
-    for z, grad in zip(mask.split(most), grad_reads.split(most), strict=True):
-        grads.append(_launch_backward(tiles, grad, stream, z, grad_stream, accumulate or bool(grads), live, precision))
+    for first in range(0, len(mask), most):
+        z, grad, adds = mask[first : first + most], grad_reads[first : first + most], accumulate or first > 0
+        grads.append(_launch_backward(tiles, grad, stream, z, grad_stream, adds, live, first, precision))
     return grads[0] if len(grads) == 1 else torch.cat(grads)
 
 
-def _launch_backward(tiles, grad_reads, stream, mask, grad_stream, accumulate, live, precision):
+def _launch_backward(tiles, grad_reads, stream, mask, grad_stream, accumulate, live, first, precision):
     (readers, writers), n = mask.shape, stream[0].numel()
     tile = tile_for(tiles, readers)
     if torch.version.hip and tile.rows == 128:
@@ -350,13 +369,13 @@ def _launch_backward(tiles, grad_reads, stream, mask, grad_stream, accumulate, l
     parts, per_part = _parts(n, tile.columns, blocks)
     partial = _workspace(stream, parts, readers, writers)
     backward[(blocks, parts)](
-        grad_reads, stream, mask, grad_stream, partial, live, readers, writers, n, per_part,
+        grad_reads, stream, mask, grad_stream, partial, live, first, readers, writers, n, per_part,
         grad_reads.stride(0), stream.stride(0), *mask.stride(), grad_stream.stride(0),
         ACCUMULATE=accumulate, LIVE=live is not None, PRECISION=_precision(stream.dtype, precision),
         PIECES=_pieces(grad_stream), BM=tile.rows, BW=tile.inner, BN=tile.columns,
         num_warps=tile.num_warps, num_stages=stages(tile),
     )  # fmt: skip
-    return _add_parts(partial, mask, live)
+    return _add_parts(partial, mask, live, first)
 
 
 def _parts(columns: int, step: int, blocks: int) -> tuple[int, int]:
@@ -370,11 +389,11 @@ def _workspace(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def _add_parts(partial: torch.Tensor, mask: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+def _add_parts(partial: torch.Tensor, mask: torch.Tensor, live: torch.Tensor | None, first: int) -> torch.Tensor:
     parts, readers, writers = partial.shape
     grad_mask = mask.new_empty(mask.shape)
     add_parts[(triton.cdiv(grad_mask.numel(), 128),)](
-        partial, mask, grad_mask, parts, readers, writers, *mask.stride(),
+        partial, mask, grad_mask, live, first, parts, readers, writers, *mask.stride(),
         LIVE=live is not None, ACC=_accumulator(partial.dtype), BP=16, BN=128,
     )  # fmt: skip
     return grad_mask

@@ -72,11 +72,18 @@ def normalise(
     LIVE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
     ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out[R, T, D] = norm(base + z @ stream), stats[2, R, T] = means and 1 / deviations; not of rows from NORMED on."""
+    """out[R, T, D] = norm(base + z @ stream), stats[2, R, T] = means and 1 / deviations; not of rows from NORMED on.
+
+    With LIVE, of the readers that are wanted alone.
+    """
     n_tiles = (R + BM - 1) // BM
     i_t = tl.program_id(0).to(tl.int64) // n_tiles
     o_r = tl.program_id(0).to(tl.int64) % n_tiles * BM + tl.arange(0, BM)
     m_r = o_r < R
+    if LIVE:
+        m_r &= tl.load(p_live + 2 + W + o_r, mask=m_r, other=0) != 0
+        if tl.max(m_r.to(tl.int32), axis=0) == 0:
+            return
     p_x = p_out + (o_r[:, None] * T + i_t) * D
     b_mean = tl.zeros([BM], dtype=ACC)
     b_squares = tl.zeros([BM], dtype=ACC)  # of what is left when the mean is taken off, if it is
@@ -129,11 +136,18 @@ def normalise_backward(
     LIVE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
     ACC: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out[R, T, D] = the gradient of the reads, from that of their norm and stats[2, R, T]."""
+    """out[R, T, D] = the gradient of the reads, from that of their norm and stats[2, R, T].
+
+    With LIVE, of the readers that are wanted alone.
+    """
     n_tiles = (R + BM - 1) // BM
     i_t = tl.program_id(0).to(tl.int64) // n_tiles
     o_r = tl.program_id(0).to(tl.int64) % n_tiles * BM + tl.arange(0, BM)
     m_r = o_r < R
+    if LIVE:
+        m_r &= tl.load(p_live + 2 + W + o_r, mask=m_r, other=0) != 0
+        if tl.max(m_r.to(tl.int32), axis=0) == 0:
+            return
     p_rows = (o_r[:, None] * T + i_t) * D
     b_mean = tl.load(p_stats + o_r * T + i_t, mask=m_r, other=0.0)
     b_rstd = tl.load(p_stats + (R + o_r) * T + i_t, mask=m_r, other=0.0)

@@ -16,3 +16,20 @@ if importlib.util.find_spec("fastcircuit_kernels") is None:
     package.__path__ = [str(Path(__file__).parents[1] / "kernels")]
     package.__spec__ = importlib.util.spec_from_loader("fastcircuit_kernels", loader=None, is_package=True)
     sys.modules["fastcircuit_kernels"] = package
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patching, patched = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        """A device function's call: the first of its module patches the language, which takes longer than most calls.
+
+        What it patches beside the kernel's own patches stays so.
+        """
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(self.fn.__module__)
+        return patching(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call

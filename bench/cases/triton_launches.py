@@ -10,8 +10,8 @@ TOKENS, WIDTH, WRITERS = 2048, 768, 157
 
 # One call of every op: what tests compile again.
 MAIN = (
-    "masked_read live torch.bfloat16",
-    "live_writers 157",
+    "masked_read live bfloat16 37",
+    "live_writers 157 wanted",
     "hard_concrete torch.float32",
     "answer_kl bfloat16",
     "read_norm bfloat16 37",
@@ -50,8 +50,14 @@ def _masked_reads(hip: bool) -> dict[str, Callable[[], Any]]:
             readers, torch.bfloat16, grad_dtype=torch.float32
         )
     found["masked_read float64 1"] = _masked_read(1, torch.float64)
-    for dtype in (torch.bfloat16, torch.float32):
-        found[f"masked_read live {dtype}"] = _masked_read(37, dtype, live=True)
+    # With 130, the backward is split: it takes 128 at once.
+    for readers in (37, 121, 130):
+        found[f"masked_read live bfloat16 {readers}"] = _masked_read(readers, torch.bfloat16, live=True)
+    for precision in _precisions(hip):
+        for readers in (37, 121):
+            found[f"masked_read live {precision} {readers}"] = _masked_read(
+                readers, torch.float32, precision, live=True
+            )
     return found
 
 
@@ -70,7 +76,7 @@ def _masked_read(
     stream, grad = (_meta(rows, TOKENS, WIDTH, dtype=dtype) for rows in (WRITERS, readers))
     grad_stream = _meta(WRITERS, TOKENS, WIDTH, dtype=grad_dtype or dtype)
     base, mask = stream[0], _meta(readers, WRITERS, dtype=mask_dtype)
-    listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
+    listed = _meta(WRITERS + 2 + readers, dtype=torch.int32) if live else None
 
     def call() -> None:
         kernels.masked_read(stream, mask, base, listed, precision)
@@ -84,7 +90,11 @@ def _masked_read(
 def _live_writers() -> dict[str, Callable[[], Any]]:
     from fastcircuit_kernels.live_writers import live_writers
 
-    return {f"live_writers {writers}": lambda w=writers: live_writers(_meta(37, w)) for writers in (157, 1640)}
+    wanted = _meta(37, dtype=torch.int32)
+    return {
+        "live_writers": lambda: live_writers(_meta(37, WRITERS), None),
+        **{f"live_writers {w} wanted": lambda w=w: live_writers(_meta(37, w), wanted) for w in (WRITERS, 1640)},
+    }
 
 
 def _hard_concrete() -> dict[str, Callable[[], Any]]:
@@ -128,7 +138,7 @@ def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         stream, mask = _meta(WRITERS, TOKENS, WIDTH, dtype=dtype), _meta(readers, WRITERS, dtype=wide)
         base, weight = stream[0], _meta(WIDTH, dtype=dtype)
-        listed = _meta(WRITERS + 2, dtype=torch.int32) if live else None
+        listed = _meta(WRITERS + 2 + readers, dtype=torch.int32) if live else None
         bias = weight if centered else None
         y, stats = kernels.read_norm(stream, mask, base, weight, bias, 1e-5, centered, 0, listed, precision, fused)
         kernels.read_norm_grad(y, stats, stream, mask, base, weight, centered, 0, listed, precision, fused)
@@ -140,7 +150,17 @@ def _read_norm(hip: bool) -> dict[str, Callable[[], Any]]:
     }
     for readers in (1, 37, 121):
         found[f"read_norm bfloat16 {readers}"] = lambda r=readers: call(r, torch.bfloat16, "ieee", True, False, True)
-    found["read_norm bfloat16 live"] = lambda: call(37, torch.bfloat16, "ieee", True, True, True)
+    # A layer of GPT-2 small, of a 13B Llama.
+    for readers, centered in ((37, True), (121, False)):
+        found[f"read_norm bfloat16 live {readers}"] = lambda r=readers, c=centered: call(
+            r, torch.bfloat16, "ieee", c, True, True
+        )
+        for precision in _precisions(hip):
+            found[f"read_norm live {precision} {readers}"] = lambda r=readers, p=precision, c=centered: call(
+                r, torch.float32, p, c, True, True
+            )
+    found["read_norm bfloat16 live rms"] = lambda: call(37, torch.bfloat16, "ieee", False, True, True)
+    found["read_norm bfloat16 live apart"] = lambda: call(37, torch.bfloat16, "ieee", True, True, False)
     found["read_norm bfloat16 apart"] = lambda: call(37, torch.bfloat16, "ieee", True, False, False)
     found["read_norm bfloat16 rms"] = lambda: call(37, torch.bfloat16, "ieee", False, False, True)
     found["read_norm float16"] = lambda: call(37, torch.float16, "ieee", True, False, True)

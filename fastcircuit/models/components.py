@@ -108,12 +108,10 @@ class LayerRun:
     Args:
         base: what the layer's readers see with all masks 0, ``[T, d]`` (or ``[1, d]``).
         written: what its ablated heads write together; of the last layer, what its MLP sees with all masks 0.
-        live: the writers its readers see (see :func:`fastcircuit.ops.live_writers`); None: all of the stream's.
     """
 
     base: Tensor
     written: Tensor
-    live: Tensor | None = None
     attention: AttentionRun | None = None
     mlp: MlpRun | None = None
 

@@ -23,11 +23,13 @@ class KeptReads:
         norm: of all reads but the last ``plain`` ones.
         reads: ``[readers, T, d]``; ``[1, T, d]`` when all readers see the same.
         plain: readers whose norm comes later, if there is one.
+        live: what was read (see :func:`fastcircuit.ops.live_writers`); None: everything.
     """
 
     norm: Norm | NoNorm
     reads: Tensor
     plain: int = 0
+    live: Tensor | None = None
 
     def forward(self) -> Tensor:
         """The normalised reads, ``[readers - plain, T, d]`` (or ``[1, T, d]``)."""
@@ -85,7 +87,7 @@ class FusedReads:
 
     Args:
         norm, plain: as in :class:`KeptReads`.
-        live: writers with a mask that is not 0 (see :func:`fastcircuit.ops.live_writers`); None: all are read.
+        live: what is read (see :func:`fastcircuit.ops.live_writers`); None: everything.
     """
 
     norm: Norm

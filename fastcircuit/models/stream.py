@@ -8,7 +8,7 @@ Forward fills D block by block without building a graph. Backward walks the bloc
 from its reads (or takes up the graph that was kept), differentiates it alone, and adds into one gradient buffer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastcircuit.graph import Graph, Site
-from fastcircuit.masks import alive
 from fastcircuit.models.active import Active
+from fastcircuit.models.alive import Alive
 from fastcircuit.models.anatomy import Anatomy, Attention, NoNorm, Norm
 from fastcircuit.models.components import AttentionRun, LayerRun, MlpRun
 from fastcircuit.models.inputs import FusedReads, Inputs, KeptReads
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
-from fastcircuit.ops import live_writers, masked_read, masked_read_backward_
+from fastcircuit.ops import masked_read, masked_read_backward_
 from fastcircuit.ops.backends import is_compiled
 from fastcircuit.ops.recycling import POOL
 
@@ -54,8 +54,8 @@ class MaskedRun:
         skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change;
             the gradient of a mask that is exactly 0 may be reported as 0, as a clamped hard-concrete sample's is.
         on_device: with ``skip_zeros``, find out what to leave out without the host, so that shapes and launches stay
-            the same: rows of the stream and heads' attention are, readers, projections and MLPs are not, and only
-            where ``fused``.
+            the same: rows of the stream, reads and attention are, projections and MLPs are not, and only where
+            ``fused``.
         backend: which kernels to use.
         fused: read and normalise in one pass; None: where there is a kernel for it.
     """
@@ -72,9 +72,9 @@ class MaskedRun:
     backend: str = "auto"
     fused: bool | None = None
     active: Active = field(init=False)
+    alive: Alive | None = field(init=False, default=None)
     stream: Tensor | None = field(init=False, default=None)
     _top: Tensor | None = field(init=False, default=None)
-    _alive: Tensor | None = field(init=False, default=None)
     _layers: list[LayerRun] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class MaskedRun:
             self.fused = is_compiled("read_norm", self.backend, self.embeds, mask)
         self.active = Active(self.graph, on, mask.device)
         if self.skip_zeros and self.on_device and self.fused:
-            self._alive = alive(self.graph, mask)[0].int()
+            self.alive = Alive(self.graph, mask, self.backend)
         _, tokens, width = self.embeds.shape
         below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
         self.stream = POOL.empty((below_top, tokens, width), self.embeds)
@@ -158,7 +158,8 @@ class MaskedRun:
         if self.active.is_live(self.graph.mlp_writer(layer)):
             if run.attention is not None:
                 read = run.attention.rest() + run.written
-                inputs = self._inputs(block.mlp_norm, heads, self.active.mlp_head_weights(layer, mask), read[0])
+                of_heads = self.active.mlp_head_weights(layer, mask)
+                inputs = self._inputs(self.graph.mlp_site(layer), block.mlp_norm, heads, of_heads, read[0])
             else:
                 read = masked_read(stream, weights, run.base, backend=self.backend)
                 inputs = KeptReads(block.mlp_norm, read + run.written)
@@ -176,14 +177,15 @@ class MaskedRun:
         if run.mlp is not None:
             of_mlp = run.mlp.backward(self._row(grad_stream, self.graph.mlp_writer(layer)))
             if readers:
-                of_heads = self._add_gradients(
-                    [of_mlp], heads, self.active.mlp_head_weights(layer, mask), grad_heads, None
-                )
+                to_heads, live = self.active.mlp_head_weights(layer, mask), run.mlp.inputs.live
+                of_heads = self._add_gradients([of_mlp], [live], heads, to_heads, grad_heads)
         grad_reads: Iterable[Tensor] = [] if of_mlp is None else [of_mlp]
+        lists: Sequence[Tensor | None] = [None]
         if run.attention is not None:
             grad_reads = run.attention.backward(self._grad_heads_out(layer, grad_heads), of_mlp)
+            lists = [inputs.live for inputs in run.attention.inputs]
         stream, grad = self._rows_before(self.stream, layer), self._rows_before(grad_stream, layer)
-        grad_weights = self._add_gradients(grad_reads, stream, weights, grad, run.live)
+        grad_weights = self._add_gradients(grad_reads, lists, stream, weights, grad)
         self.active.store_layer(layer, grad_mask, grad_weights, of_heads)
 
     def _forward_top(self, mask: Tensor, base: Tensor, keep_graphs: bool) -> Tensor:
@@ -198,8 +200,9 @@ class MaskedRun:
         self._layers.append(run)
         if not keep_graphs:
             run.drop_graphs()
-        weights = self.active.weights(self.graph.final_site, mask)
-        return masked_read(self._top, weights, at_answers + ablated.mlps[-1], backend=self.backend)[0]
+        weights, base = self.active.weights(self.graph.final_site, mask), at_answers + ablated.mlps[-1]
+        (live,) = self._lists(self.graph.final_site, [weights])
+        return masked_read(self._top, weights, base, live=live, backend=self.backend)[0]
 
     def _run_top(self, run: LayerRun, mask: Tensor, ablated: States | None, keep_graphs: bool) -> None:
         """Run the last layer's live parts, and write their rows; without ``ablated`` those are written already."""
@@ -214,9 +217,9 @@ class MaskedRun:
                 out = out.index_select(0, self.answers)
                 self._write_heads(layer, out, ablated, self._head_rows(self._top, layer))
         if active.is_live(graph.mlp_writer(layer)):
-            site = graph.mlp_site(layer)
-            rows, block = self._top[: active.row(site.num_writers)], self.anatomy.blocks[layer]
-            run.mlp = MlpRun(block, self._inputs(block.mlp_norm, rows, active.weights(site, mask), run.written))
+            site, block = graph.mlp_site(layer), self.anatomy.blocks[layer]
+            rows, weights = self._top[: active.row(site.num_writers)], active.weights(site, mask)
+            run.mlp = MlpRun(block, self._inputs(site, block.mlp_norm, rows, weights, run.written))
             out = run.mlp.forward(keep_graphs)
             if ablated is not None:
                 torch.sub(out, ablated.mlps[layer], out=self._row(self._top, graph.mlp_writer(layer)))
@@ -228,63 +231,69 @@ class MaskedRun:
         assert self._top is not None
         assert self.stream is not None
         layer, top, grad_top = self.graph.num_layers - 1, self._top, torch.zeros_like(self._top)
-        self._backward_site(self.graph.final_site, mask, [grad_read[None].contiguous()], top, grad_top, grad_mask)
+        site = self.graph.final_site
+        lists = self._lists(site, [self.active.weights(site, mask)])
+        self._backward_site(site, mask, [grad_read[None].contiguous()], lists, top, grad_top, grad_mask)
         if run.mlp is not None:
             grad = run.mlp.backward(self._row(grad_top, self.graph.mlp_writer(layer)))
-            self._backward_site(self.graph.mlp_site(layer), mask, [grad], top, grad_top, grad_mask)
+            site, lists = self.graph.mlp_site(layer), [run.mlp.inputs.live]
+            self._backward_site(site, mask, [grad], lists, top, grad_top, grad_mask)
         grad_stream.index_copy_(1, self.answers, grad_top[: len(grad_stream)])
         if run.attention is not None:
             grad_answers = self._grad_heads_out(layer, self._head_rows(grad_top, layer))
             grad_out = grad_answers.new_zeros(grad_stream.shape[1], grad_answers.shape[1])
             grad_out.index_copy_(0, self.answers, grad_answers)
-            grad_reads = run.attention.backward(grad_out)
+            grad_reads, lists = run.attention.backward(grad_out), [inputs.live for inputs in run.attention.inputs]
             site = self.graph.attention_site(layer)
-            self._backward_site(site, mask, grad_reads, self.stream, grad_stream, grad_mask, run.live)
+            self._backward_site(site, mask, grad_reads, lists, self.stream, grad_stream, grad_mask)
 
     def _backward_site(
         self,
         site: Site,
         mask: Tensor,
         grad_reads: Iterable[Tensor],
+        lists: Sequence[Tensor | None],
         stream: Tensor,
         grad_stream: Tensor,
         grad_mask: Tensor,
-        live: Tensor | None = None,
     ) -> None:
         """Pass the gradient of a site's reads on to the masks and rows it reads."""
         rows = self.active.row(site.num_writers)
         weights = self.active.weights(site, mask)
-        grad_weights = self._add_gradients(grad_reads, stream[:rows], weights, grad_stream[:rows], live)
+        grad_weights = self._add_gradients(grad_reads, lists, stream[:rows], weights, grad_stream[:rows])
         self.active.store(site, grad_mask, grad_weights)
 
-    def _inputs(
-        self,
-        norm: Norm | NoNorm,
-        stream: Tensor,
-        weights: Tensor,
-        base: Tensor,
-        plain: int = 0,
-        live: Tensor | None = None,
+    def _lists(self, site: Site, weights: Sequence[Tensor], more: int = 0) -> Sequence[Tensor | None]:
+        """What a site's readers, and ``more`` after those, have to read, for each block of them; None: everything."""
+        if self.alive is None:
+            return [None] * len(weights)
+        return self.alive.lists(weights, self.alive.readers(site, more))
+
+    def _inputs(self, site: Site, norm: Norm | NoNorm, stream: Tensor, weights: Tensor, base: Tensor) -> Inputs:
+        """What a site's readers see of these rows of the stream, through these masks."""
+        (live,) = self._lists(site, [weights])
+        return self._read(norm, stream, weights, base, 0, live)
+
+    def _read(
+        self, norm: Norm | NoNorm, stream: Tensor, weights: Tensor, base: Tensor, plain: int, live: Tensor | None
     ) -> Inputs:
-        """What readers with these masks see of these rows of the stream."""
         if self.fused and isinstance(norm, Norm):
             return FusedReads(norm, stream, weights, base, plain, live, self.backend)
-        return KeptReads(norm, masked_read(stream, weights, base, live=live, backend=self.backend), plain)
+        return KeptReads(norm, masked_read(stream, weights, base, live=live, backend=self.backend), plain, live)
 
     def _attention_inputs(
-        self, attention: Attention, run: LayerRun, stream: Tensor, weights: Tensor, plain: int
+        self, layer: int, attention: Attention, base: Tensor, stream: Tensor, weights: Tensor, plain: int
     ) -> list[Inputs]:
         """What a layer's heads and its MLP see; or, where that is large, queries, keys, and the rest, one by one."""
-        if self.fused and self.skip_zeros and self.on_device and run.live is None:
-            run.live = live_writers(weights, backend=self.backend)
         sizes = [len(weights)]
-        if self.fused and len(weights) * run.base.numel() * run.base.element_size() > TOGETHER_BYTES:
+        if self.fused and len(weights) * base.numel() * base.element_size() > TOGETHER_BYTES:
             queries, keys, values = (projection.heads for projection in attention.projections)
             sizes = [queries, keys, values + plain]
         parts = weights.split(sizes)
+        lists = self._lists(self.graph.attention_site(layer), parts, plain)
         return [
-            self._inputs(attention.norm, stream, part, run.base, plain if part is parts[-1] else 0, run.live)
-            for part in parts
+            self._read(attention.norm, stream, part, base, plain if part is parts[-1] else 0, live)
+            for part, live in zip(parts, lists, strict=True)
         ]
 
     def _attention(self, layer: int, run: LayerRun, stream: Tensor, weights: Tensor, plain: int = 0) -> AttentionRun:
@@ -296,14 +305,13 @@ class MaskedRun:
             groups, head_to_kv = torch.unique(live // group, return_inverse=True)
             attention = attention.take(live, groups)
 
-        heads, causal = None, self.anatomy.causal
-        if self._alive is not None:
-            heads = self._alive[self.graph.head_writer(layer) : self.graph.mlp_writer(layer)]
+        heads, causal = None if self.alive is None else self.alive.heads(layer), self.anatomy.causal
 
         def attends(projected: tuple[Tensor, ...]) -> Tensor:
             return attend(attention, projected, self.rotary, self.packing, causal, head_to_kv, heads, self.backend)
 
-        return AttentionRun(attention, attends, self._attention_inputs(attention, run, stream, weights, plain))
+        inputs = self._attention_inputs(layer, attention, run.base, stream, weights, plain)
+        return AttentionRun(attention, attends, inputs)
 
     def _write_heads(self, layer: int, out: Tensor, ablated: States, rows: Tensor) -> None:
         """Write the live heads' ``rows`` from their outputs before the output projection."""
@@ -350,15 +358,15 @@ class MaskedRun:
     def _add_gradients(
         self,
         grad_reads: Iterable[Tensor],
+        lists: Sequence[Tensor | None],
         stream: Tensor,
         weights: Tensor,
         grad_stream: Tensor,
-        live: Tensor | None,
     ) -> Tensor:
         """Add to the stream's gradient in place, for some readers after the others; returns the mask's."""
         found: list[Tensor] = []
         first = 0
-        for grad in grad_reads:
+        for grad, live in zip(grad_reads, lists, strict=False):
             rows, first = weights[first : first + len(grad)], first + len(grad)
             found_here = masked_read_backward_(grad, stream, rows, grad_stream, live=live, backend=self.backend)
             assert found_here is not None

@@ -33,7 +33,8 @@ def masked_read(
         live: what :func:`live_writers` says of ``mask``: only rows of live writers are touched, whatever the others
             hold (NaN included). The reads are the same up to the order of their sums. The gradient of a row that is
             not live is 0, and so is that of a mask which is not strictly between 0 and 1, as a clamped hard-concrete
-            sample's is. None: every row is read.
+            sample's is. A reader that is not wanted is left out: its reads may hold anything (NaN included), their
+            gradient is not looked at, and that of its masks is 0. None: every row is read, for every reader.
         backend: ``"auto"``, or a name from ``fastcircuit.ops.available_backends()``.
 
     Returns:
@@ -49,7 +50,7 @@ def masked_read(
     Source: the interpolated read of Edge Pruning (Bhaskar et al., 2024, section 3), in terms of differences.
     """
     check_operands("masked_read", stream, mask, base)
-    check_live("masked_read", live, stream)
+    check_live("masked_read", live, stream, mask)
     if plain_eager(stream) and not (torch.is_grad_enabled() and any_requires_grad(stream, mask, base)):
         return choose("masked_read", backend, stream, mask, base, live)(stream, mask, base, live)
     return torch.ops.fastcircuit.masked_read.default(stream, mask, base, live, backend)
@@ -78,8 +79,8 @@ def masked_read_backward_(
         grad_stream: ``[W, T, d]``, float32 or in the dtype of ``stream``, sharing no memory with the other
             arguments; None if no gradient of the stream is wanted.
         needs_mask_grad: whether to compute ``grad_mask``.
-        live: as in :func:`masked_read`: other rows are neither read nor added to, and ``grad_mask`` is 0 where the mask
-            is not strictly between 0 and 1.
+        live: as in :func:`masked_read`: other rows are neither read nor added to, those of ``grad_reads`` included, and
+            ``grad_mask`` is 0 where the mask is not strictly between 0 and 1 or its reader not wanted.
         backend: as in :func:`masked_read`.
 
     Returns:
@@ -98,7 +99,7 @@ def masked_read_backward_(
     _check_gradients("masked_read_backward_", grad_reads, stream, mask, grad_stream)
     if torch.is_grad_enabled() and any_requires_grad(grad_reads, stream, mask, grad_stream):
         raise InputError("masked_read_backward_: a tensor requires grad; call it under torch.no_grad()")
-    check_live("masked_read_backward_", live, stream)
+    check_live("masked_read_backward_", live, stream, mask)
     if plain_eager(stream):
         run = choose("masked_read_backward_", backend, grad_reads, stream, mask, grad_stream, live)
         return run(grad_reads, stream, mask, grad_stream, needs_mask_grad, live)
@@ -108,34 +109,37 @@ def masked_read_backward_(
     return grad_mask if needs_mask_grad else None
 
 
-def live_writers(mask: Tensor, *, backend: str = "auto") -> Tensor:
+def live_writers(mask: Tensor, wanted: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """Order the writers by what their masks ask for; nothing is copied to the host.
 
-    A writer is live if a reader's mask of it is not 0, and open if one is strictly between 0 and 1: only its masks have
-    a gradient. To leave out a reader too, set its row of ``mask`` to 0.
+    A writer is live if a wanted reader's mask of it is not 0, and open if one is strictly between 0 and 1: only its
+    masks have a gradient.
 
     Args:
         mask: ``[R, W]``, floating point.
+        wanted: int32 ``[R]``, 0 for readers whose reads nothing needs; None: all are needed.
         backend: as in :func:`masked_read`.
 
     Returns:
-        int32 ``[W + 2]``: how many writers are open, how many are live, then the writers: first the open ones, then the
-        other live ones, then the rest, each in ascending order.
+        int32 ``[W + 2 + R]``: how many writers are open, how many are live, then the writers: first the open ones, then
+        the other live ones, then the rest, each in ascending order; then 1 for every wanted reader, 0 for the others.
 
     Raises:
-        InputError: ``mask`` is not a matrix of floating point numbers.
+        InputError: ``mask`` is not a matrix of floating point numbers, or ``wanted`` does not fit it.
     """
     if mask.dim() != 2 or mask.dtype not in _STREAM_DTYPES:
         raise InputError(
             f"live_writers: mask is {mask.dtype} {list(mask.shape)}; accepted is [R, W] of float32, float64, bfloat16"
             " or float16"
         )
-    return torch.ops.fastcircuit.live_writers.default(mask, backend)
+    if wanted is not None:
+        _check_like("live_writers", "wanted", wanted, mask.shape[:1], (torch.int32,), mask)
+    return torch.ops.fastcircuit.live_writers.default(mask, wanted, backend)
 
 
-def check_live(op: str, live: Tensor | None, stream: Tensor) -> None:
+def check_live(op: str, live: Tensor | None, stream: Tensor, mask: Tensor) -> None:
     if live is not None:
-        _check_like(op, "live", live, (stream.shape[0] + 2,), (torch.int32,), stream)
+        _check_like(op, "live", live, (stream.shape[0] + 2 + mask.shape[0],), (torch.int32,), stream)
 
 
 def check_operands(op: str, stream: Tensor, mask: Tensor, base: Tensor | None) -> None:

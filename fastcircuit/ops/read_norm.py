@@ -6,6 +6,7 @@ from torch import Tensor
 from fastcircuit.errors import InputError
 from fastcircuit.ops.backends import choose
 from fastcircuit.ops.masked_read import check_live, check_operands
+from fastcircuit.ops.reference import only_wanted
 
 
 def read_norm(
@@ -45,7 +46,7 @@ def read_norm(
             by name cannot run them.
     """
     _check(stream, mask, base, weight, bias, centered, plain)
-    check_live("read_norm", live, stream)
+    check_live("read_norm", live, stream, mask)
     y, stats = torch.ops.fastcircuit.read_norm.default(
         stream, mask, base, weight, bias, eps, centered, plain, live, backend
     )
@@ -71,7 +72,7 @@ def read_norm_grad(
     ``mean(g)`` for RMSNorm. What the stream and the mask get is ``masked_read_backward_`` of it.
     """
     _check(stream, mask, base, weight, None, centered, plain)
-    check_live("read_norm_grad", live, stream)
+    check_live("read_norm_grad", live, stream, mask)
     shape = (len(mask), *stream.shape[1:])
     if grad.shape != shape or grad.dtype != stream.dtype or stats.shape != (2, *shape[:2]):
         raise InputError(
@@ -182,7 +183,7 @@ def _backward(ctx, grad: Tensor, _: Tensor):
     return (
         grad_stream if needs_stream else None,
         grad_mask if needs_mask else None,
-        grad_reads.sum(0) if needs_base and base is not None else None,
+        only_wanted(grad_reads, live).sum(0) if needs_base and base is not None else None,
         *(None,) * 7,
     )
 

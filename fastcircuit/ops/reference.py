@@ -26,7 +26,7 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor 
     reads = reads.unflatten(1, stream.shape[1:])
     if base is not None:
         reads = reads + base.to(wide)
-    return reads.to(stream.dtype)
+    return only_wanted(reads.to(stream.dtype), live)
 
 
 def masked_read_backward_(
@@ -39,7 +39,7 @@ def masked_read_backward_(
 ) -> Tensor | None:
     """Add ``mask^T grad_reads`` to ``grad_stream`` and return ``<grad_reads[r], stream[w]>``."""
     wide = accumulation_dtype(stream.dtype)
-    grad = grad_reads.flatten(1).to(wide)
+    grad, mask = only_wanted(grad_reads, live).flatten(1).to(wide), only_wanted(mask, live)
     if grad_stream is not None:
         update = (mask.to(wide).T @ grad).unflatten(1, stream.shape[1:])
         grad_stream.copy_(grad_stream.to(wide) + update)
@@ -63,20 +63,30 @@ def masked_read_grads(
     return grad_stream, grad_mask
 
 
-def live_writers(mask: Tensor) -> Tensor:
-    """How many writers are open and live, then the rows of the open, of the other live, and of the dead ones."""
+def live_writers(mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """How many writers are open and live, the rows of the open, other live and dead ones; then 1 per wanted reader."""
+    flags = torch.ones(len(mask), dtype=torch.bool, device=mask.device) if wanted is None else wanted != 0
+    mask = torch.where(flags[:, None], mask, 0)
     is_open, is_live = ((mask > 0) & (mask < 1)).any(0), (mask != 0).any(0)
     order = torch.argsort(2 - is_open.int() - is_live.int(), stable=True)
-    return torch.cat([is_open.sum()[None], is_live.sum()[None], order]).int()
+    return torch.cat([is_open.sum()[None], is_live.sum()[None], order, flags]).int()
 
 
 def _live_rows(stream: Tensor, live: Tensor | None) -> Tensor:
     """``stream`` with zeros for the rows that are not live, whatever they hold."""
     if live is None:
         return stream
-    is_live = torch.arange(len(live) - 2, device=live.device) < live[1]
-    is_live = torch.empty_like(is_live).index_copy_(0, live[2:].long(), is_live)
+    is_live = torch.arange(len(stream), device=live.device) < live[1]
+    is_live = torch.empty_like(is_live).index_copy_(0, live[2 : 2 + len(stream)].long(), is_live)
     return torch.where(is_live[:, None, None], stream, 0)
+
+
+def only_wanted(of_readers: Tensor, live: Tensor | None) -> Tensor:
+    """``of_readers`` ``[R, ...]`` with zeros for the readers that a live list leaves out, whatever they hold."""
+    if live is None:
+        return of_readers
+    flags = live[len(live) - len(of_readers) :].view(-1, *(1,) * (of_readers.dim() - 1))
+    return torch.where(flags != 0, of_readers, 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from fastcircuit.errors import InputError
 from fastcircuit.ops.backends import choose
 from fastcircuit.ops.eager import any_requires_grad, plain_eager
+from fastcircuit.ops.reference import only_wanted
 
 _LIB = torch.library.Library("fastcircuit", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -21,7 +22,7 @@ _LIB.define(
     " bool needs_mask_grad, Tensor? live, str backend) -> Tensor",
     tags=_TAGS,
 )
-_LIB.define("live_writers(Tensor mask, str backend) -> Tensor", tags=_TAGS)
+_LIB.define("live_writers(Tensor mask, Tensor? wanted, str backend) -> Tensor", tags=_TAGS)
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -102,13 +103,13 @@ def _masked_read_backward_fake(
 
 
 @torch.library.impl(_LIB, "live_writers", "CompositeExplicitAutograd")
-def _live_writers(mask: Tensor, backend: str) -> Tensor:
-    return choose("live_writers", backend, mask)(mask)
+def _live_writers(mask: Tensor, wanted: Tensor | None, backend: str) -> Tensor:
+    return choose("live_writers", backend, mask, wanted)(mask, wanted)
 
 
 @torch.library.register_fake("fastcircuit::live_writers", lib=_LIB)
-def _live_writers_fake(mask: Tensor, backend: str) -> Tensor:
-    return mask.new_empty(mask.shape[1] + 2, dtype=torch.int32)
+def _live_writers_fake(mask: Tensor, wanted: Tensor | None, backend: str) -> Tensor:
+    return mask.new_empty(mask.shape[1] + 2 + mask.shape[0], dtype=torch.int32)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -133,7 +134,7 @@ def _backward(ctx, grad_reads: Tensor):
         grad_stream, grad_mask = torch.ops.fastcircuit.masked_read_grads.default(
             grad_reads, stream, mask, needs_stream, needs_mask, live, ctx.backend
         )
-    grad_base = grad_reads.sum(0) if needs_base and ctx.has_base else None
+    grad_base = only_wanted(grad_reads, live).sum(0) if needs_base and ctx.has_base else None
     return grad_stream if needs_stream else None, grad_mask if needs_mask else None, grad_base, None, None
 
 

@@ -133,11 +133,11 @@ def _backward(
     return None
 
 
-def live_writers(mask: Tensor) -> Tensor:
-    """How many writers are open and live, then the rows of the open, of the other live, and of the dead ones."""
+def live_writers(mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """How many writers are open and live, the rows of the open, other live and dead ones; then 1 per wanted reader."""
     from fastcircuit_kernels import live_writers as kernels
 
-    return kernels.live_writers(mask)
+    return kernels.live_writers(mask, None if wanted is None else wanted.contiguous())
 
 
 def hard_concrete(log_alpha: Tensor, seed: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:

@@ -74,8 +74,9 @@ def test_opcheck_backward(backend, wanted):
 @pytest.mark.parametrize("backend", ["auto", "reference", *{"triton"}.intersection(USABLE)])
 def test_opcheck_with_a_live_list(backend):
     stream, mask, base = _tensors(grad=True)
-    live = OPS.live_writers(mask.detach(), backend)
-    torch.library.opcheck(OPS.live_writers.default, (mask.detach(), backend))
+    live = OPS.live_writers(mask.detach(), None, backend)
+    torch.library.opcheck(OPS.live_writers.default, (mask.detach(), None, backend))
+    torch.library.opcheck(OPS.live_writers.default, (mask.detach(), live[: len(mask)], backend))
     torch.library.opcheck(OPS.masked_read.default, (stream, mask, base, live, backend))
     stream, mask = stream.detach(), mask.detach()
     grads = torch.rand(2, 3, 4, dtype=torch.float64), torch.zeros_like(stream)

@@ -28,12 +28,16 @@ SHAPES = [
     (7, 7, 3, 0),
 ]
 INTERPRETED_SHAPES = [(1, 1, 1, 1), (5, 13, 11, 7), (17, 40, 3, 5), (0, 3, 2, 2), (3, 0, 2, 2), (7, 7, 0, 3)]
+# More readers than one program takes, over more columns than one step; more writers than a model of 13B parameters.
+LARGE_SHAPES = {(130, 3, 2, 300): torch.bfloat16, (2, 2000, 1, 33): torch.float32}
 
 
 def _skip_what_the_backend_lacks(backend, shape, dtype):
     if backend == "cpu" and dtype == torch.float16:
         pytest.skip("the C++ kernels have no float16")
-    if backend == "triton" and shape not in INTERPRETED_SHAPES:
+    if LARGE_SHAPES.get(shape, dtype) != dtype:
+        pytest.skip("too large for every dtype")
+    if backend == "triton" and shape not in [*INTERPRETED_SHAPES, *LARGE_SHAPES]:
         pytest.skip("too large for Triton's interpreter")
 
 
@@ -60,7 +64,7 @@ def _assert_as_good_as_torch(ours, plain, exact):
     assert np.abs(_exact(ours) - exact).max() <= 2 * np.abs(_exact(plain) - exact).max() + step
 
 
-@pytest.mark.parametrize("shape", SHAPES + INTERPRETED_SHAPES[1:3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *INTERPRETED_SHAPES[1:3], *LARGE_SHAPES], ids=str)
 @pytest.mark.parametrize(("dtype", "mask_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("with_base", [True, False])
 def test_forward(backend, shape, dtype, mask_dtype, with_base):
@@ -77,7 +81,7 @@ def test_forward(backend, shape, dtype, mask_dtype, with_base):
     _assert_as_good_as_torch(ours, plain, exact)
 
 
-@pytest.mark.parametrize("shape", SHAPES + INTERPRETED_SHAPES[1:3], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *INTERPRETED_SHAPES[1:3], *LARGE_SHAPES], ids=str)
 @pytest.mark.parametrize(("dtype", "mask_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("grad_dtype", ["as stream", "float32", None])
 def test_backward(backend, shape, dtype, mask_dtype, grad_dtype):
@@ -156,6 +160,21 @@ def test_every_thread_count_gives_the_same_answer_every_time(backend, threads, d
     torch.testing.assert_close(reads[0], reference.masked_read(stream, mask, base))
     exact = torch.einsum("rtd,wtd->rw", grad_reads.float(), stream.float())
     torch.testing.assert_close(masks[0], exact, atol=2e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("live", [False, True])
+def test_the_triton_backward_gives_the_same_bits_again(backend, dtype, live):
+    """Of sums in several parts, by readers that two programs share."""
+    if backend != "triton":
+        pytest.skip("of the others, test_every_thread_count_gives_the_same_answer_every_time")
+    stream, mask, _, grad_reads = _operands((130, 21, 4, 100), dtype, torch.float32)
+    mask = _clamped(mask)
+    listed = live_writers(mask, backend=backend) if live else None
+    grads = [torch.ones_like(stream) for _ in range(2)]
+    masks = [masked_read_backward_(grad_reads, stream, mask, grad, live=listed, backend=backend) for grad in grads]
+    assert torch.equal(*grads)
+    assert torch.equal(*masks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -243,10 +262,15 @@ def _skip_without_live(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [*LIVE_SHAPES, (3, 700, 1, 1)], ids=str)
-def test_live_writers(backend, dtype, shape):
+@pytest.mark.parametrize("chosen", [False, True])
+def test_live_writers(backend, dtype, shape, chosen):
     _skip_without_live(backend)
     mask = _clamped(_operands(shape, dtype, dtype)[1])
-    counts, order = live_writers(mask, backend=backend).split([2, shape[1]])
+    wanted = (torch.arange(shape[0]) % 3 > 0).int() if chosen else None
+    counts, order, flags = live_writers(mask, wanted, backend=backend).split([2, shape[1], shape[0]])
+    if chosen:
+        mask = torch.where(wanted[:, None] != 0, mask, torch.nan)[wanted != 0]
+    assert flags.tolist() == (wanted.tolist() if chosen else [1] * shape[0])
     is_open, is_live = ((mask > 0) & (mask < 1)).any(0), mask.any(0)
     expected = [is_open.nonzero(), (is_live & ~is_open).nonzero(), (~is_live).nonzero()]
     assert counts.tolist() == [is_open.sum(), is_live.sum()]
@@ -276,6 +300,38 @@ def test_live_rows_alone_are_touched(backend, shape, dtype, mask_dtype):
     assert not ours_mask[~is_open].any()
 
 
+@pytest.mark.parametrize("readers", [5, 17, 130])
+@pytest.mark.parametrize("every", [2, 1])
+def test_readers_that_are_not_wanted_might_not_be_there(backend, readers, every):
+    """Their masks are NaN, and so are the gradients of their reads; with ``every`` 1 none is wanted."""
+    _skip_without_live(backend)
+    stream, mask, base, grad_reads = _operands((readers, 13, 3, 7), torch.bfloat16, torch.float32)
+    mask, wanted = _clamped(mask), (torch.arange(readers) % every > 0).int()
+    kept = wanted != 0
+    mask[~kept], grad_reads[~kept] = torch.nan, torch.nan
+    live, few = live_writers(mask, wanted, backend=backend), live_writers(mask[kept], backend=backend)
+    ours = masked_read(stream, mask, base, live=live, backend=backend)[kept]
+    torch.testing.assert_close(ours, masked_read(stream, mask[kept], base, live=few, backend=backend), rtol=0, atol=0)
+    buffers = [torch.ones(stream.shape) for _ in range(2)]
+    ours = masked_read_backward_(grad_reads, stream, mask, buffers[0], live=live, backend=backend)
+    rest = masked_read_backward_(grad_reads[kept], stream, mask[kept], buffers[1], live=few, backend=backend)
+    torch.testing.assert_close(buffers[0], buffers[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[kept], rest, rtol=1e-6, atol=1e-6)
+    assert not ours[~kept].any()
+    only = masked_read_backward_(grad_reads, stream, mask, None, live=live, backend=backend)
+    torch.testing.assert_close(only, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_gets_no_gradient_of_readers_that_are_not_wanted(backend):
+    _skip_without_live(backend)
+    stream, mask, base, weight = _operands((4, 9, 3, 5), torch.float64, torch.float64)
+    wanted = torch.tensor([1, 0, 1, 0], dtype=torch.int32)
+    base = base.requires_grad_()
+    reads = masked_read(stream, mask, base, live=live_writers(mask, wanted, backend=backend), backend=backend)
+    weight[1::2] = torch.nan
+    torch.testing.assert_close(torch.autograd.grad(reads, base, weight)[0], weight[::2].sum(0))
+
+
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
 def test_live_gradients_are_a_clamped_samples(backend, wanted):
     _skip_without_live(backend)
@@ -294,10 +350,12 @@ def test_live_gradients_are_a_clamped_samples(backend, wanted):
 
 def test_a_list_that_does_not_fit_is_named():
     stream, mask = torch.ones(2, 3, 4), torch.ones(5, 2)
-    with pytest.raises(InputError, match=r"live has shape \[3\]; accepted is \[4\]"):
-        masked_read(stream, mask, live=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(InputError, match=r"live has shape \[4\]; accepted is \[9\]"):
+        masked_read(stream, mask, live=torch.zeros(4, dtype=torch.int32))
     with pytest.raises(InputError, match=r"live is torch\.int64; accepted is torch.int32"):
-        masked_read(stream, mask, live=torch.zeros(4, dtype=torch.int64))
+        masked_read(stream, mask, live=torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"wanted has shape \[2\]; accepted is \[5\]"):
+        live_writers(mask, torch.ones(2, dtype=torch.int32))
     with pytest.raises(InputError, match="kernels take no live list"):
         masked_read(stream, mask, live=live_writers(mask), backend="cpu")
     with pytest.raises(InputError, match=r"live_writers: mask is torch.int64"):

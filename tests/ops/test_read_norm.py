@@ -117,6 +117,22 @@ def test_rows_that_are_not_live_are_not_read(backend, fused):
     torch.testing.assert_close(ours_grad, expected_grad)
 
 
+@pytest.mark.parametrize("centered", [True, False])
+def test_readers_that_are_not_wanted_might_not_be_there(backend, fused, centered):
+    (stream, mask, base, weight, bias), grad = _operands((20, 7, 2, 50), torch.float32, torch.float32)
+    bias, wanted = bias if centered else None, (torch.arange(20) % 3 == 1).int()
+    kept = wanted != 0
+    mask[~kept], grad[~kept] = torch.nan, torch.nan
+    live, few = live_writers(mask, wanted, backend=backend), live_writers(mask[kept], backend=backend)
+    options = {"centered": centered, "backend": backend}
+    y, stats = read_norm(stream, mask, base, weight, bias, EPS, live=live, **options)
+    expected, expected_stats = read_norm(stream, mask[kept], base, weight, bias, EPS, live=few, **options)
+    torch.testing.assert_close(y[kept], expected)
+    of_reads = read_norm_grad(grad, stats, stream, mask, base, weight, live=live, **options)
+    expected = read_norm_grad(grad[kept], expected_stats, stream, mask[kept], base, weight, live=few, **options)
+    torch.testing.assert_close(of_reads[kept], expected)
+
+
 def test_the_node_of_its_own_and_autograd_agree(backend):
     (stream, mask, base, weight, bias), grad = _operands((4, 6, 3, 20), torch.float32, torch.float32)
     leaves = [t.clone().requires_grad_() for t in (stream, mask, base)]

@@ -13,6 +13,8 @@ from bench.cases import triton_launches  # noqa: E402
 
 # Bytes a thread may spill (words on AMD), in configurations other than those compiled here.
 MOST_SPILLED = 64
+# Registers a thread can address: NVIDIA's instructions have eight bits for one, CDNA's file two halves of 256.
+MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 KEYS = ("arch", "launch", "source")
 
 
@@ -31,6 +33,7 @@ def test_little_spills_and_everything_fits():
     for row in aot.table():
         assert int(row["shared"]) <= aot.SHARED_LIMIT[row["arch"]], row
         assert int(row["spills"]) <= MOST_SPILLED, row
+        assert int(row["registers"]) <= MOST_REGISTERS[row["arch"]], row
 
 
 def test_half_precisions_run_on_the_tensor_cores():
@@ -61,15 +64,17 @@ def test_compiling_again_gives_the_table(launches, arch):
         found = aot.usage(compiled)
         assert found["shared"] <= aot.SHARED_LIMIT[arch]
         assert found["spills"] == 0
+        assert found["registers"] <= MOST_REGISTERS[arch]
         row = table[launch.name]
         if row["triton"] == triton.__version__:
             assert {key: str(value) for key, value in found.items()} == {key: row[key] for key in found}
 
 
 def _assert_addresses_are_64_bit(ttir):
-    """Every offset that grows with the data is a 64-bit one; a constant may be shorter."""
-    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    """Every offset that grows with the data is a 64-bit one; constants and arguments are as wide as they need to be."""
+    known = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    known.update(re.findall(r"(%\w+): i32", re.search(r"tt\.func public .*", ttir)[0]))
     offsets = re.findall(r"tt\.addptr \S+, (\S+) : .*, (\S+) loc", ttir)
     assert offsets
     for name, kind in offsets:
-        assert "i64" in kind or name in constants, (name, kind)
+        assert "i64" in kind or name in known, (name, kind)
