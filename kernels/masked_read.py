@@ -37,12 +37,12 @@ class Tile(NamedTuple):
 # float32 runs on the vector units, where rows added by padding cost as much as others: the tile with the least padding
 # is taken, and as the tiles of one range of columns run side by side, the stream comes from L2 but for the first.
 READS = {
-    "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 16, 256, 8, 4), Tile(128, 16, 256, 8, 4)),
+    "half": (Tile(16, 32, 256, 4, 4), Tile(32, 32, 256, 4, 3), Tile(64, 32, 128, 4, 3), Tile(128, 16, 256, 8, 4)),
     # Rows of their own to add to want registers as well.
     "half, added": (
         Tile(16, 32, 256, 4, 4),
         Tile(32, 32, 256, 4, 3),
-        Tile(64, 16, 256, 4, 4),
+        Tile(64, 32, 128, 4, 3),
         Tile(128, 32, 128, 8, 3),
     ),
     "tf32": (Tile(16, 32, 128, 4, 3), Tile(32, 32, 128, 4, 3), Tile(64, 32, 128, 8, 3), Tile(128, 32, 128, 8, 2)),
