@@ -11,7 +11,7 @@ if triton.knobs.runtime.interpret:
 from bench import triton_aot as aot  # noqa: E402
 from bench.cases import triton_launches  # noqa: E402
 
-# Bytes a thread may spill (words on AMD).
+# Bytes a thread may spill (words on AMD), in configurations other than those compiled here.
 MOST_SPILLED = 64
 # Registers a thread can address: NVIDIA's instructions have eight bits for one, CDNA's file two halves of 256.
 MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
@@ -63,7 +63,7 @@ def test_compiling_again_gives_the_table(launches, arch):
         _assert_addresses_are_64_bit(compiled.asm["ttir"])
         found = aot.usage(compiled)
         assert found["shared"] <= aot.SHARED_LIMIT[arch]
-        assert found["spills"] <= MOST_SPILLED
+        assert found["spills"] == 0
         assert found["registers"] <= MOST_REGISTERS[arch]
         row = table[launch.name]
         if row["triton"] == triton.__version__:
