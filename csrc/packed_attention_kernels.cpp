@@ -1,5 +1,6 @@
 // Compiled once per instruction set, with FC_ISA its name and FC_VECTOR_BYTES the size of its registers.
-// Keys (and in backward values) are transposed once per sequence, so that one row of scores is a few vectors.
+// A register holds one number of as many queries: a score of each, say. Their maxima, sums and means are then taken
+// lane by lane, and what is left are products of small matrices, all of one form (multiply).
 #include "packed_attention.h"
 #include "simd.h"
 
@@ -42,49 +43,10 @@ FC_INLINE Vec<double> exp_of(Vec<double> x) {
 }
 
 template <class A>
-FC_INLINE Vec<A> max_of(Vec<A> a, Vec<A> b) {
-  return a > b ? a : b;
-}
-
-// Folds the upper half of a vector onto the lower one until one lane is left, all in registers.
-template <class A, class V, class Fold>
-FC_INLINE A fold_lanes(V v, const Fold& fold) {
-  if constexpr (sizeof(V) == 2 * sizeof(A)) {
-    typedef A One __attribute__((vector_size(sizeof(V))));
-    const One swapped = {v[1], v[0]};
-    return fold(v, swapped)[0];
-  } else {
-    typedef A Half __attribute__((vector_size(sizeof(V) / 2)));
-    Half low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return fold_lanes<A>(fold(low, high), fold);
-  }
-}
-
-template <class A>
-FC_INLINE A largest(const Vec<A>& v) {
-  return fold_lanes<A>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
-}
-
-template <class A>
-FC_INLINE A sum_of(const Vec<A>& v) {
-  return fold_lanes<A>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-
-template <class A>
 FC_INLINE Vec<A> iota() {
   Vec<A> v;
   for (int i = 0; i < Simd<A>::kLanes; ++i) v[i] = A(i);
   return v;
-}
-
-// Four numbers at a time: rows are short, and a call of memcpy costs more than what it copies.
-template <class T>
-FC_INLINE void copy_row(const T* from, int64_t width, T* to) {
-  int64_t c = 0;
-  for (; c + 4 <= width; c += 4) std::memcpy(to + c, from + c, 4 * sizeof(T));
-  for (; c < width; ++c) to[c] = from[c];
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
@@ -99,226 +61,309 @@ FC_INLINE A number(const S& s) {
   }
 }
 
-// x[width] <- S row, turned by its position: the half-split layout, y = (a cos - b sin, b cos + a sin).
-template <class S, class A = typename Traits<S>::Accumulate>
-FC_INLINE void load_row(const AttentionParams& p, const void* rows, int64_t at, int64_t token, bool turned, A* x) {
-  const S* const row = static_cast<const S*>(rows) + at * p.width;
+template <class S, class A>
+FC_INLINE void store_number(S* s, A value) {
   if constexpr (sizeof(S) == sizeof(A)) {
-    copy_row(row, p.width, x);
+    *s = value;
   } else {
-    for (int64_t c = 0; c < p.width; ++c) x[c] = number<S>(row[c]);
-  }
-  if (!turned || p.rotary == 0) return;
-  const S* const cos = static_cast<const S*>(p.cos) + token * p.rotary;
-  const S* const sin = static_cast<const S*>(p.sin) + token * p.rotary;
-  const int64_t half = p.rotary / 2;
-  A* const __restrict low = x;
-  A* const __restrict high = x + half;
-  for (int64_t c = 0; c < half; ++c) {
-    const A a = low[c], b = high[c];
-    low[c] = a * number<S>(cos[c]) - b * number<S>(sin[c]);
-    high[c] = b * number<S>(cos[c + half]) + a * number<S>(sin[c + half]);
+    S lanes[Simd<A>::kLanes];
+    Traits<S>::store(lanes, splat(value));
+    *s = lanes[0];
   }
 }
 
-// The transpose of the turn, in place: from the gradient of a turned row to that of the row.
-template <class S, class A = typename Traits<S>::Accumulate>
-FC_INLINE void turn_back(const AttentionParams& p, int64_t token, A* g) {
-  if (p.rotary == 0) return;
-  const S* cos = static_cast<const S*>(p.cos) + token * p.rotary;
-  const S* sin = static_cast<const S*>(p.sin) + token * p.rotary;
-  const int64_t half = p.rotary / 2;
-  for (int64_t c = 0; c < half; ++c) {
-    const A a = g[c], b = g[c + half];
-    g[c] = a * number<S>(cos[c]) + b * number<S>(sin[c + half]);
-    g[c + half] = b * number<S>(cos[c + half]) - a * number<S>(sin[c]);
-  }
-}
-
-template <class S, class A = typename Traits<S>::Accumulate>
-FC_INLINE void store_row(S* row, const A* x, int64_t width) {
-  if constexpr (sizeof(S) == sizeof(A)) {
-    copy_row(x, width, row);
-  } else {
-    for (int64_t c = 0; c < width; c += Simd<A>::kLanes) store_some(row + c, Traits<A>::load(x + c), width - c);
-  }
-}
-
-// out[n] = sum_d x[d] columns[d, n] for n in [begin, end), whole vectors; columns are `stride` apart.
-template <class A>
-FC_INLINE void row_times(const A* x, const A* columns, int64_t stride, int64_t depth, int64_t begin, int64_t end,
-                         A* out) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  int64_t n = begin;
-  for (; n + 4 * kLanes <= end; n += 4 * kLanes) {
-    Vec<A> acc[4] = {};
-    for (int64_t d = 0; d < depth; ++d) {
-      const Vec<A> xd = splat(x[d]);
-      for (int v = 0; v < 4; ++v) acc[v] += xd * Traits<A>::load(columns + d * stride + n + v * kLanes);
+// to[c, r] = from[r, c]; rows of both are so far apart. Four by four in registers where that is possible.
+template <class From, class To, class A = typename Traits<From>::Accumulate>
+FC_INLINE void transpose(const From* from, int64_t from_row, int64_t rows, int64_t columns, To* to, int64_t to_row) {
+  int64_t whole_rows = 0, whole_columns = 0;
+#ifdef FC_SHUFFLES
+  if constexpr (sizeof(From) == sizeof(To)) {
+    typedef A Four __attribute__((vector_size(4 * sizeof(A))));
+    whole_rows = rows / 4 * 4;
+    whole_columns = columns / 4 * 4;
+    for (int64_t r = 0; r < whole_rows; r += 4) {
+      for (int64_t c = 0; c < whole_columns; c += 4) {
+        Four x[4];
+        for (int i = 0; i < 4; ++i) std::memcpy(&x[i], from + (r + i) * from_row + c, sizeof x[i]);
+        const Four low01 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+        const Four low23 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+        const Four high01 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+        const Four high23 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+        const Four y[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                           __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                           __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                           __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+        for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * to_row + r, &y[i], sizeof y[i]);
+      }
     }
-    for (int v = 0; v < 4; ++v) Traits<A>::store(out + n + v * kLanes, acc[v]);
   }
-  for (; n < end; n += kLanes) {
-    Vec<A> even{}, odd{};
-    int64_t d = 0;
-    for (; d + 2 <= depth; d += 2) {
-      even += splat(x[d]) * Traits<A>::load(columns + d * stride + n);
-      odd += splat(x[d + 1]) * Traits<A>::load(columns + (d + 1) * stride + n);
-    }
-    if (d < depth) even += splat(x[d]) * Traits<A>::load(columns + d * stride + n);
-    Traits<A>::store(out + n, even + odd);
+#endif
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      store_number(to + c * to_row + r, number(from[r * from_row + c]));
+}
+
+// c[m, :] = sum_k a[m, k] b[k, :], or that added, for `Rows` rows and one register of columns.
+template <class A, int Rows, bool Add>
+FC_INLINE void multiply_rows(const A* a, int64_t a_row, int64_t a_step, int64_t depth, const A* b, int64_t b_row, A* c,
+                             int64_t c_row) {
+  Vec<A> sums[Rows];
+  for (int m = 0; m < Rows; ++m) sums[m] = Add ? Traits<A>::load(c + m * c_row) : Vec<A>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec<A> row = Traits<A>::load(b + k * b_row);
+    for (int m = 0; m < Rows; ++m) sums[m] += splat(a[m * a_row + k * a_step]) * row;
+  }
+  for (int m = 0; m < Rows; ++m) Traits<A>::store(c + m * c_row, sums[m]);
+}
+
+// The same for any number of rows; a[m, k] lies at m * a_row + k * a_step.
+template <class A, bool Add = false>
+FC_INLINE void multiply(int64_t rows, const A* a, int64_t a_row, int64_t a_step, int64_t depth, const A* b,
+                        int64_t b_row, A* c, int64_t c_row) {
+  int64_t m = 0;
+  for (; m + 8 <= rows; m += 8)
+    multiply_rows<A, 8, Add>(a + m * a_row, a_row, a_step, depth, b, b_row, c + m * c_row, c_row);
+  a += m * a_row;
+  c += m * c_row;
+  switch (rows - m) {
+    case 7: return multiply_rows<A, 7, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
+    case 6: return multiply_rows<A, 6, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
+    case 5: return multiply_rows<A, 5, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
+    case 4: return multiply_rows<A, 4, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
+    case 3: return multiply_rows<A, 3, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
+    case 2: return multiply_rows<A, 2, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
+    case 1: return multiply_rows<A, 1, Add>(a, a_row, a_step, depth, b, b_row, c, c_row);
   }
 }
 
-// What one sequence's rows look like in the scratch of a thread. Rows are padded to whole vectors.
+// As many queries as a register has lanes, of one head and one sequence, and the keys that any of them sees.
 template <class S, class A = typename Traits<S>::Accumulate>
-struct Layout {
-  explicit Layout(const AttentionParams& p) : wide(round_up<A>(p.width)), longest(round_up<A>(p.longest)) {}
+struct Block {
+  static constexpr int kLanes = Simd<A>::kLanes;
+  int64_t first, count;  // queries
+  int64_t begin, end;    // keys
 
-  int64_t wide, longest;
-  int64_t rows() const { return longest * wide; }      // [tokens, wide]
-  int64_t forward() const { return 2 * rows() + 2 * wide + longest; }
-  int64_t backward() const { return 5 * rows() + 3 * wide + 2 * longest; }
-};
+  FC_INLINE Block(const AttentionParams& p, int64_t first, int64_t length)
+      : first(first),
+        count(length - first < kLanes ? length - first : kLanes),
+        begin(p.window > 0 && first >= p.window ? first - p.window + 1 : 0),
+        end(length) {
+    const int64_t last = first + count - 1 + (p.causal ? 1 : p.window);
+    if ((p.causal || p.window > 0) && last < length) end = last;
+  }
 
-// probabilities[0, end) of query token i, and the range [begin, end) of whole vectors outside of which they are 0.
-template <class S, class A = typename Traits<S>::Accumulate>
-struct Row {
-  int64_t begin, end;
+  FC_INLINE int64_t keys() const { return end - begin; }
 
-  FC_INLINE Row(const AttentionParams& p, int64_t i, int64_t length, const A* query, const A* keys, int64_t stride,
-                A* probabilities) {
-    constexpr int kLanes = Simd<A>::kLanes;
-    const int64_t first = p.window > 0 && i + 1 > p.window ? i + 1 - p.window : 0;
-    const int64_t last = p.causal ? i + 1 : (p.window > 0 && i + p.window < length ? i + p.window : length);
-    begin = first / kLanes * kLanes;
-    end = round_up<A>(last);
-    row_times(query, keys, stride, p.width, begin, end, probabilities);
-    const Vec<A> from = splat(A(first)), to = splat(A(last)), lanes = iota<A>();
-    const Vec<A> scale = splat(A(p.scale)), lowest = splat(-A(__builtin_huge_val()));
+  // scores[key, query] -> exp(score - the query's largest), 0 where the key is not seen; returns 1 / the sums.
+  FC_INLINE Vec<A> exponentials(const AttentionParams& p, A* scores) const {
+    const A huge = A(__builtin_huge_val());
+    const Vec<A> queries = iota<A>() + A(first), lowest = splat(-huge);
+    const Vec<A> nearest = splat(p.causal ? A(0) : p.window > 0 ? A(1 - p.window) : -huge);
+    const Vec<A> furthest = splat(p.window > 0 ? A(p.window - 1) : huge);
     Vec<A> most = lowest;
-    for (int64_t n = begin; n < end; n += kLanes) {
-      const Vec<A> place = lanes + A(n);
-      const Vec<A> score = Traits<A>::load(probabilities + n) * scale;
-      const Vec<A> seen = (place >= from) & (place < to) ? score : lowest;
-      Traits<A>::store(probabilities + n, seen);
-      most = max_of<A>(most, seen);
+    for (int64_t key = begin; key < end; ++key, scores += kLanes) {
+      const Vec<A> back = queries - A(key), score = Traits<A>::load(scores);
+      const Vec<A> seen = (back >= nearest) & (back <= furthest) ? score : lowest;
+      Traits<A>::store(scores, seen);
+      most = most > seen ? most : seen;
     }
-    const Vec<A> top = splat(largest<A>(most));
+    scores -= keys() * kLanes;
     Vec<A> sum{};
-    for (int64_t n = begin; n < end; n += kLanes) {
-      const Vec<A> e = exp_of(Traits<A>::load(probabilities + n) - top);
-      Traits<A>::store(probabilities + n, e);
+    for (int64_t n = 0; n < keys(); ++n, scores += kLanes) {
+      const Vec<A> e = exp_of(Traits<A>::load(scores) - most);
+      Traits<A>::store(scores, e);
       sum += e;
     }
-    const Vec<A> inverse = splat(A(1) / sum_of<A>(sum));
-    for (int64_t n = begin; n < end; n += kLanes)
-      Traits<A>::store(probabilities + n, Traits<A>::load(probabilities + n) * inverse);
+    return splat(A(1)) / sum;
   }
 };
 
-template <class A>
-FC_INLINE void clear(A* x, int64_t count) {
-  std::memset(x, 0, sizeof(A) * count);
-}
+// Columns: numbers of one sequence's tokens side by side, [width, stride], where a token has a row in memory. Between the
+// last token and the next whole register they are 0.
+template <class S, class A = typename Traits<S>::Accumulate>
+struct Columns {
+  int64_t length, stride;
 
-template <class A>
-FC_INLINE void transpose_into(const A* row, int64_t width, A* columns, int64_t stride, int64_t n) {
-  for (int64_t c = 0; c < width; ++c) columns[c * stride + n] = row[c];
-}
+  FC_INLINE int64_t padded() const { return round_up<A>(length); }
 
-// y[j] += a * x over one padded row
-template <class A>
-FC_INLINE void add_row(A a, const A* x, int64_t wide, A* y) {
-  const Vec<A> factor = splat(a);
-  for (int64_t c = 0; c < wide; c += Simd<A>::kLanes)
-    Traits<A>::store(y + c, Traits<A>::load(y + c) + factor * Traits<A>::load(x + c));
-}
+  FC_INLINE void load(const S* rows, int64_t row, int64_t width, A* to) const {
+    transpose(rows, row, length, width, to, stride);
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t n = length; n < padded(); ++n) to[c * stride + n] = 0;
+  }
+
+  FC_INLINE void store(const A* from, int64_t width, S* rows, int64_t row) const {
+    transpose<A, S>(from, stride, width, length, rows, row);
+  }
+
+  FC_INLINE void scale(int64_t width, A factor, A* x) const {
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t n = 0; n < length; n += Simd<A>::kLanes)
+        Traits<A>::store(x + c * stride + n, Traits<A>::load(x + c * stride + n) * factor);
+  }
+
+  // Turns every token by its position, in place: the half-split layout, (a cos - b sin, b cos + a sin); or, Back, from
+  // the gradient of what was turned to that of what it was.
+  template <bool Back>
+  FC_INLINE void turn(int64_t rotary, const A* cos, const A* sin, A* x) const {
+    const int64_t half = rotary / 2 * stride;
+    for (int64_t c = 0; c < half; c += stride) {
+      for (int64_t n = c; n < c + length; n += Simd<A>::kLanes) {
+        const Vec<A> a = Traits<A>::load(x + n), b = Traits<A>::load(x + n + half);
+        const Vec<A> cos_a = Traits<A>::load(cos + n), cos_b = Traits<A>::load(cos + n + half);
+        const Vec<A> sin_a = Traits<A>::load(sin + n), sin_b = Traits<A>::load(sin + n + half);
+        Traits<A>::store(x + n, Back ? a * cos_a + b * sin_b : a * cos_a - b * sin_a);
+        Traits<A>::store(x + n + half, Back ? b * cos_b - a * sin_a : b * cos_b + a * sin_b);
+      }
+    }
+  }
+};
+
+// What a thread keeps of one sequence: columns of a head, tables of positions, and the weights [keys, lanes] of a block
+// of queries; for the gradients of keys and values also rows, [tokens, wide] of these and [lanes, wide] of the block.
+template <class S, class A = typename Traits<S>::Accumulate>
+struct Layout {
+  explicit Layout(const AttentionParams& p)
+      : stride(round_up<A>(p.longest)),
+        wide(round_up<A>(p.width)),
+        columns(p.width * stride),
+        table(p.rotary * stride),
+        weights(p.longest * Simd<A>::kLanes),
+        rows(p.longest * wide),
+        few(Simd<A>::kLanes * wide) {}
+
+  int64_t stride, wide, columns, table, weights, rows, few;
+  int64_t forward() const { return 2 * table + 4 * columns + weights; }
+  int64_t backward() const { return 2 * table + 5 * columns + 2 * weights + 2 * rows + 2 * few; }
+};
+
+// One sequence with a key and value head: both as columns, and the tables that its tokens are turned by.
+template <class S, class A = typename Traits<S>::Accumulate>
+struct Sequence {
+  const AttentionParams& p;
+  int64_t start;
+  Columns<S> columns;
+  A *cos, *sin, *keys, *values;
+
+  FC_INLINE Sequence(const AttentionParams& p, const Layout<S>& layout, int64_t sequence, int64_t kv_head, A* scratch)
+      : p(p),
+        start(p.starts[sequence]),
+        columns{p.starts[sequence + 1] - start, layout.stride},
+        cos(scratch),
+        sin(cos + layout.table),
+        keys(sin + layout.table),
+        values(keys + layout.columns) {
+    columns.load(static_cast<const S*>(p.cos) + start * p.rotary, p.rotary, p.rotary, cos);
+    columns.load(static_cast<const S*>(p.sin) + start * p.rotary, p.rotary, p.rotary, sin);
+    load_head(p.key, kv_head, keys);
+    columns.template turn<false>(p.rotary, cos, sin, keys);
+    load_head(p.value, kv_head, values);
+  }
+
+  FC_INLINE int64_t length() const { return columns.length; }
+  FC_INLINE int64_t place(int64_t head) const { return (head * p.tokens + start) * p.width; }
+  FC_INLINE int64_t place_out(int64_t head) const { return (start * p.heads + head) * p.width; }
+
+  FC_INLINE void load_head(const void* all, int64_t head, A* to) const {
+    columns.load(static_cast<const S*>(all) + place(head), p.width, p.width, to);
+  }
+
+  FC_INLINE void store_head(const A* from, void* all, int64_t head) const {
+    columns.store(from, p.width, static_cast<S*>(all) + place(head), p.width);
+  }
+
+  // Turned, and times the scale: so is then the gradient of the keys.
+  FC_INLINE void load_query(int64_t head, A* to) const {
+    load_head(p.query, head, to);
+    columns.template turn<false>(p.rotary, cos, sin, to);
+    columns.scale(p.width, A(p.scale), to);
+  }
+};
 
 template <class S, class A = typename Traits<S>::Accumulate>
 void forward(const AttentionParams& p, int64_t sequence, int64_t kv_head, void* scratch) {
+  constexpr int kLanes = Simd<A>::kLanes;
   const Layout<S> layout(p);
-  const int64_t start = p.starts[sequence], length = p.starts[sequence + 1] - start;
-  A* const keys = static_cast<A*>(scratch);  // [width, longest]
-  A* const values = keys + layout.rows();    // [longest, wide]
-  A* const row = values + layout.rows();
-  A* const mixed = row + layout.wide;
-  A* const weights = mixed + layout.wide;
-  clear(keys, 2 * layout.rows() + 2 * layout.wide);
-  for (int64_t j = 0; j < length; ++j) {
-    load_row<S>(p, p.key, kv_head * p.tokens + start + j, start + j, true, row);
-    transpose_into(row, p.width, keys, layout.longest, j);
-    load_row<S>(p, p.value, kv_head * p.tokens + start + j, start + j, false, values + j * layout.wide);
-  }
+  const int64_t stride = layout.stride;
+  const Sequence<S> own(p, layout, sequence, kv_head, static_cast<A*>(scratch));
+  A* const query = own.values + layout.columns;
+  A* const mixed = query + layout.columns;
+  A* const weights = mixed + layout.columns;
   for (int64_t head = 0; head < p.heads; ++head) {
     if (p.kv_of_head[head] != kv_head) continue;
-    for (int64_t i = 0; i < length; ++i) {
-      load_row<S>(p, p.query, head * p.tokens + start + i, start + i, true, row);
-      const Row<S> seen(p, i, length, row, keys, layout.longest, weights);
-      const int64_t last = seen.end < length ? seen.end : length;
-      row_times(weights + seen.begin, values + seen.begin * layout.wide, layout.wide, last - seen.begin, 0,
-                layout.wide, mixed);
-      store_row(static_cast<S*>(p.out) + ((start + i) * p.heads + head) * p.width, mixed, p.width);
+    own.load_query(head, query);
+    for (int64_t first = 0; first < own.length(); first += kLanes) {
+      const Block<S> block(p, first, own.length());
+      const int64_t begin = block.begin, keys = block.keys();
+      multiply(keys, own.keys + begin, 1, stride, p.width, query + first, stride, weights, kLanes);
+      const Vec<A> inverse = block.exponentials(p, weights);
+      multiply(p.width, own.values + begin, stride, 1, keys, weights, kLanes, mixed + first, stride);
+      for (int64_t c = first; c < layout.columns; c += stride)
+        Traits<A>::store(mixed + c, Traits<A>::load(mixed + c) * inverse);
     }
+    own.columns.store(mixed, p.width, static_cast<S*>(p.out) + own.place_out(head), p.heads * p.width);
   }
+}
+
+// weights[key, query] <- softmax; grads[key, query], those of the weights, <- of the scores
+template <class S, class A = typename Traits<S>::Accumulate>
+FC_INLINE void softmax_backward(const AttentionParams& p, const Block<S>& block, A* weights, A* grads) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  const Vec<A> inverse = block.exponentials(p, weights);
+  Vec<A> mean{};
+  for (int64_t n = 0; n < block.keys() * kLanes; n += kLanes) {
+    const Vec<A> weight = Traits<A>::load(weights + n) * inverse;
+    Traits<A>::store(weights + n, weight);
+    mean += weight * Traits<A>::load(grads + n);
+  }
+  for (int64_t n = 0; n < block.keys() * kLanes; n += kLanes)
+    Traits<A>::store(grads + n, Traits<A>::load(weights + n) * (Traits<A>::load(grads + n) - mean));
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
 void backward(const AttentionParams& p, int64_t sequence, int64_t kv_head, void* scratch) {
   constexpr int kLanes = Simd<A>::kLanes;
   const Layout<S> layout(p);
-  const int64_t start = p.starts[sequence], length = p.starts[sequence + 1] - start;
-  A* const keys = static_cast<A*>(scratch);    // [width, longest]
-  A* const values = keys + layout.rows();      // [width, longest]
-  A* const key_rows = values + layout.rows();  // [longest, wide]
-  A* const grad_keys = key_rows + layout.rows();
-  A* const grad_values = grad_keys + layout.rows();
-  A* const row = grad_values + layout.rows();
-  A* const grad_row = row + layout.wide;
-  A* const grad_query = grad_row + layout.wide;
-  A* const weights = grad_query + layout.wide;
-  A* const grad_weights = weights + layout.longest;
-  clear(keys, 5 * layout.rows() + 3 * layout.wide);
-  for (int64_t j = 0; j < length; ++j) {
-    const int64_t at = kv_head * p.tokens + start + j;
-    load_row<S>(p, p.value, at, start + j, false, row);
-    transpose_into(row, p.width, values, layout.longest, j);
-    A* const key = key_rows + j * layout.wide;
-    load_row<S>(p, p.key, at, start + j, true, key);
-    transpose_into(key, p.width, keys, layout.longest, j);
-  }
-  clear(row, layout.wide);
+  const int64_t stride = layout.stride, wide = layout.wide;
+  const Sequence<S> own(p, layout, sequence, kv_head, static_cast<A*>(scratch));
+  A* const query = own.values + layout.columns;
+  A* const grad_out = query + layout.columns;
+  A* const grad_query = grad_out + layout.columns;
+  A* const weights = grad_query + layout.columns;
+  A* const grads = weights + layout.weights;
+  A* const grad_keys = grads + layout.weights;  // rows, as all that follow
+  A* const grad_values = grad_keys + layout.rows;
+  A* const query_rows = grad_values + layout.rows;
+  A* const grad_rows = query_rows + layout.few;
+  std::memset(grad_keys, 0, sizeof(A) * 2 * (layout.rows + layout.few));
   for (int64_t head = 0; head < p.heads; ++head) {
     if (p.kv_of_head[head] != kv_head) continue;
-    for (int64_t i = 0; i < length; ++i) {
-      load_row<S>(p, p.query, head * p.tokens + start + i, start + i, true, row);
-      load_row<S>(p, p.grad_out, (start + i) * p.heads + head, start + i, false, grad_row);
-      const Row<S> seen(p, i, length, row, keys, layout.longest, weights);
-      row_times(grad_row, values, layout.longest, p.width, seen.begin, seen.end, grad_weights);
-      Vec<A> products{};
-      for (int64_t n = seen.begin; n < seen.end; n += kLanes)
-        products += Traits<A>::load(weights + n) * Traits<A>::load(grad_weights + n);
-      const Vec<A> mean = splat(sum_of<A>(products)), scale = splat(A(p.scale));
-      for (int64_t n = seen.begin; n < seen.end; n += kLanes)
-        Traits<A>::store(grad_weights + n,
-                         Traits<A>::load(weights + n) * (Traits<A>::load(grad_weights + n) - mean) * scale);
-      const int64_t last = seen.end < length ? seen.end : length;
-      row_times(grad_weights + seen.begin, key_rows + seen.begin * layout.wide, layout.wide, last - seen.begin, 0,
-                layout.wide, grad_query);
-      for (int64_t j = seen.begin; j < last; ++j) {
-        add_row(grad_weights[j], row, layout.wide, grad_keys + j * layout.wide);
-        add_row(weights[j], grad_row, layout.wide, grad_values + j * layout.wide);
+    own.load_query(head, query);
+    own.columns.load(static_cast<const S*>(p.grad_out) + own.place_out(head), p.heads * p.width, p.width, grad_out);
+    for (int64_t first = 0; first < own.length(); first += kLanes) {
+      const Block<S> block(p, first, own.length());
+      const int64_t begin = block.begin, keys = block.keys();
+      multiply(keys, own.keys + begin, 1, stride, p.width, query + first, stride, weights, kLanes);
+      multiply(keys, own.values + begin, 1, stride, p.width, grad_out + first, stride, grads, kLanes);
+      softmax_backward(p, block, weights, grads);
+      multiply(p.width, own.keys + begin, stride, 1, keys, grads, kLanes, grad_query + first, stride);
+      transpose(query + first, stride, p.width, block.count, query_rows, wide);
+      transpose(grad_out + first, stride, p.width, block.count, grad_rows, wide);
+      for (int64_t c = 0; c < wide; c += kLanes) {
+        const int64_t at = begin * wide + c;
+        multiply<A, true>(keys, grads, kLanes, 1, block.count, query_rows + c, wide, grad_keys + at, wide);
+        multiply<A, true>(keys, weights, kLanes, 1, block.count, grad_rows + c, wide, grad_values + at, wide);
       }
-      turn_back<S>(p, start + i, grad_query);
-      store_row(static_cast<S*>(p.grad_query) + (head * p.tokens + start + i) * p.width, grad_query, p.width);
     }
+    own.columns.scale(p.width, A(p.scale), grad_query);
+    own.columns.template turn<true>(p.rotary, own.cos, own.sin, grad_query);
+    own.store_head(grad_query, p.grad_query, head);
   }
-  for (int64_t j = 0; j < length; ++j) {
-    const int64_t at = (kv_head * p.tokens + start + j) * p.width;
-    turn_back<S>(p, start + j, grad_keys + j * layout.wide);
-    store_row(static_cast<S*>(p.grad_key) + at, grad_keys + j * layout.wide, p.width);
-    store_row(static_cast<S*>(p.grad_value) + at, grad_values + j * layout.wide, p.width);
-  }
+  transpose(grad_keys, wide, own.length(), p.width, query, stride);
+  own.columns.template turn<true>(p.rotary, own.cos, own.sin, query);
+  own.store_head(query, p.grad_key, kv_head);
+  transpose(grad_values, wide, own.length(), p.width, query, stride);
+  own.store_head(query, p.grad_value, kv_head);
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
