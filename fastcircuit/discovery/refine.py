@@ -27,6 +27,7 @@ from fastcircuit.errors import RunError
 from fastcircuit.evaluation.faithfulness import mean_kl
 from fastcircuit.evaluation.reference import Batch, Reference
 from fastcircuit.masks import Masks
+from fastcircuit.models.trunk import Trunk
 from fastcircuit.ops.memory import Result, free_cached_memory, with_less
 
 MOST_EXAMPLES = 256
@@ -61,6 +62,7 @@ class Refiner:
         self.batch_size = min(BATCH_SIZE, self.num_examples)
         self.on_round, self.on_note = on_round, on_note
         self._batches: list[Batch] = []
+        self._trunk: Trunk | None = None
 
     @property
     def batches(self) -> list[Batch]:
@@ -74,12 +76,23 @@ class Refiner:
         """The circuit's mean KL, in nats."""
         return self._fitting(lambda: mean_kl(self.reference, Masks.from_circuit(circuit), self.batches))
 
+    def _kl_without(self, edge: int, circuit: Circuit) -> float:
+        """The KL of ``circuit``, the one of the latest gradient less ``edge``, below which layers are the same."""
+        masks = Masks.from_circuit(circuit)
+        layer = next(site.layer for site in circuit.graph.sites if edge < site.edge_slice.stop)
+
+        def measure() -> float:
+            trunk = None if self._trunk is None else self._trunk.up_to(layer)
+            return mean_kl(self.reference, masks, self.batches, trunk)
+
+        return self._fitting(measure)
+
     def _fitting(self, measure: Callable[[], Result]) -> Result:
         """What ``measure`` returns, with batches that fit into memory."""
         return with_less(measure, self.reference.model.device, self._halve_batches)
 
     def _halve_batches(self) -> None:
-        self._batches = []
+        self._batches, self._trunk = [], None
         if self.batch_size == 1:
             raise RunError(
                 f"refinement: out of memory with one example at a time; free memory on {self.reference.model.device}, "
@@ -92,29 +105,31 @@ class Refiner:
 
     def eliminate(self, circuit: Circuit, num_edges: int) -> Circuit | None:
         """Remove edges, the cheapest first, until ``num_edges`` are left; None when no removal ends at that number."""
-        return self._eliminate(circuit, num_edges, "eliminate", 0, circuit.num_edges - num_edges)
+        found = self._eliminate(circuit, num_edges, "eliminate", 0, circuit.num_edges - num_edges)
+        return None if found is None else found[1]
 
     def eliminate_within(self, circuit: Circuit, budget: float) -> Circuit:
         """Remove edges, the cheapest first, while the KL stays within ``budget``: no one edge of the result can go."""
         found = self._eliminate(circuit, 0, "eliminate", 0, circuit.num_edges, budget)
         assert found is not None
-        return found
+        return found[1]
 
     def _eliminate(
         self, circuit: Circuit, num_edges: int, stage: str, done: int, most: int, budget: float = np.inf
-    ) -> Circuit | None:
+    ) -> tuple[float, Circuit] | None:
         before = done + circuit.num_edges
         kl, error = self.kl(circuit), np.zeros(circuit.graph.num_edges)
         while circuit.num_edges > num_edges:
             linear = kl - self._gradient(circuit, kept_only=True)
             best = self._cheapest(circuit, num_edges, linear, error, budget)
+            self._trunk = None
             if best is None:
                 return None
             if best[0] > budget:
-                return circuit
+                break
             kl, circuit = best
             self._report(stage, before - circuit.num_edges, most, kl)
-        return circuit
+        return kl, circuit
 
     def _cheapest(
         self, circuit: Circuit, num_edges: int, linear: np.ndarray, error: np.ndarray, budget: float
@@ -137,7 +152,7 @@ class Refiner:
             candidate = _without(circuit, edge)
             if candidate.num_edges < num_edges:
                 continue
-            kl = self.kl(candidate)
+            kl = self._kl_without(edge, candidate)
             measured += 1
             error[edge] = kl - linear[edge]
             if best is None or kl < best[0]:
@@ -153,10 +168,9 @@ class Refiner:
             gain = np.where(circuit.keep, np.inf, -self._gradient(circuit))
             size = min(graph.num_edges, circuit.num_edges + more)
             larger = top_circuit(graph, gain, size, circuit.ablation)
-            smaller = self._eliminate(larger, circuit.num_edges, "regrow", cycle * (most // cycles), most)
-            new_kl = np.inf if smaller is None else self.kl(smaller)
-            if smaller is not None and new_kl < kl:
-                circuit, kl = smaller, new_kl
+            found = self._eliminate(larger, circuit.num_edges, "regrow", cycle * (most // cycles), most)
+            if found is not None and found[0] < kl:
+                kl, circuit = found
             else:
                 more //= 2
         return circuit
@@ -203,10 +217,9 @@ class Refiner:
             larger = with_pair(circuit, pair)
             if self.kl(larger) >= kl:
                 continue
-            smaller = self._eliminate(larger, circuit.num_edges, "join", 2 * number, 2 * rounds)
-            new_kl = np.inf if smaller is None else self.kl(smaller)
-            if smaller is not None and new_kl < kl:
-                return new_kl, smaller
+            found = self._eliminate(larger, circuit.num_edges, "join", 2 * number, 2 * rounds)
+            if found is not None and found[0] < kl:
+                return found
         return None
 
     def _gradient(self, circuit: Circuit, kept_only: bool = False) -> np.ndarray:
@@ -215,11 +228,18 @@ class Refiner:
 
     def _gradient_of_batches(self, circuit: Circuit, kept_only: bool) -> np.ndarray:
         reference, model = self.reference, self.reference.model
+        trunk = self._trunk = Trunk() if kept_only and len(self.batches) == 1 else None
         mask = Masks.from_circuit(circuit).edge.to(model.device, model.mask_dtype).requires_grad_()
         total = sum(batch.size for batch in self.batches)
         for batch in self.batches:
             read = model.final_read(
-                batch.token_ids, batch.packing, batch.ablated, Masks(mask), batch.answers.tokens, skip_zeros=kept_only
+                batch.token_ids,
+                batch.packing,
+                batch.ablated,
+                Masks(mask),
+                batch.answers.tokens,
+                skip_zeros=kept_only,
+                trunk=trunk,
             )
             divergence = reference.divergence(read, batch.answers.log_probs)
             (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()

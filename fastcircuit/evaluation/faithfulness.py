@@ -16,6 +16,7 @@ from fastcircuit.evaluation.reference import Batch, OnNote, Reference
 from fastcircuit.evaluation.registry import Metric, Predictions, Question, check_names, choose
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.models.trunk import Trunk
 from fastcircuit.tasks.task import Task
 
 
@@ -108,10 +109,10 @@ def task_reference(
 
 
 @torch.no_grad()
-def circuit_log_probs(reference: Reference, masks: Masks, batch: Batch) -> Tensor:
-    """The masked model's log-probabilities at the batch's answers, ``[N, V or A]``."""
-    model = reference.model
-    read = model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, batch.answers.tokens, skip_zeros=True)
+def circuit_log_probs(reference: Reference, masks: Masks, batch: Batch, trunk: Trunk | None = None) -> Tensor:
+    """The masked model's log-probabilities at the batch's answers, ``[N, V or A]``; a ``trunk`` is where to start."""
+    model, answers = reference.model, batch.answers.tokens
+    read = model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, answers, skip_zeros=True, trunk=trunk)
     return reference.restrict(model.unembed(read))
 
 
@@ -157,11 +158,17 @@ def _means(values: dict[str, np.ndarray], examples: int) -> dict[str, Any]:
     return {**{name: float(some.mean()) if len(some) else None for name, some in known.items()}, "examples": examples}
 
 
-def mean_kl(reference: Reference, masks: Masks, batches: Iterable[Batch] | None = None) -> float:
-    """Mean KL over the examples of ``reference``, in nats: the cheap part of :func:`score`."""
+def mean_kl(
+    reference: Reference, masks: Masks, batches: Iterable[Batch] | None = None, trunk: Trunk | None = None
+) -> float:
+    """Mean KL over the examples of ``reference``, in nats: the cheap part of :func:`score`.
+
+    Args:
+        trunk: of a single batch, where to start.
+    """
 
     def total(batch: Batch) -> tuple[float, int]:
-        divergence = kl_divergence(batch.answers.log_probs, circuit_log_probs(reference, masks, batch))
+        divergence = kl_divergence(batch.answers.log_probs, circuit_log_probs(reference, masks, batch, trunk))
         return float(batch.answers.example_mean(divergence, batch.size)) * batch.size, batch.size
 
     parts = [total(batch) for batch in batches] if batches is not None else reference.over_batches(total)

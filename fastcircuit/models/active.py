@@ -5,6 +5,8 @@ its MLP are left out, and no result changes. The gradient of a mask that a hard-
 out-edges of such a writer lose nothing either.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +30,12 @@ class Active:
         self._before = np.concatenate([[0], np.cumsum(writers)]).tolist()
         self._weights: dict[str, Tensor] = {}
         self._indices: dict[tuple[int, int, bool], Tensor] = {}
+
+    def for_other_masks(self) -> "Active":
+        """The same writers and readers, of a run with other masks."""
+        other = copy.copy(self)
+        other._weights = {}
+        return other
 
     @property
     def num_writers(self) -> int:

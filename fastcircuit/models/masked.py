@@ -22,6 +22,7 @@ from fastcircuit.models.qwen2 import qwen2
 from fastcircuit.models.states import States, run_unmasked
 from fastcircuit.models.stream import MaskedRun
 from fastcircuit.models.tracr import tracr
+from fastcircuit.models.trunk import Trunk
 
 ARCHITECTURES: dict[str, Callable[[Any], Anatomy]] = {
     "gpt2": gpt2,
@@ -184,11 +185,13 @@ class MaskedCausalLM(nn.Module):
         skip_zeros: bool = False,
         recompute: bool | None = None,
         on_device: bool = False,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
 
         ``skip_zeros`` leaves out what only masks of exactly 0 read, ``on_device`` what of that the device can find
-        alone (see :class:`MaskedRun`); ``recompute`` overrides the model's own.
+        alone, ``trunk`` keeps lower layers for later runs (see :class:`MaskedRun`); ``recompute`` overrides the
+        model's own.
         """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
@@ -206,6 +209,7 @@ class MaskedCausalLM(nn.Module):
             on_device,
             self.backend,
             self.fused,
+            trunk,
         )
         return run(product)
 

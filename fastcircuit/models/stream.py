@@ -23,6 +23,7 @@ from fastcircuit.models.components import AttentionRun, LayerRun, MlpRun
 from fastcircuit.models.inputs import FusedReads, Inputs, KeptReads
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
+from fastcircuit.models.trunk import Trunk
 from fastcircuit.ops import masked_read, masked_read_backward_
 from fastcircuit.ops.backends import is_compiled
 from fastcircuit.ops.recycling import POOL
@@ -58,6 +59,8 @@ class MaskedRun:
             ``fused``.
         backend: which kernels to use.
         fused: read and normalise in one pass; None: where there is a kernel for it.
+        trunk: keep the lower layers there, or start from those that are kept. (A run that starts from them has no
+            backward.)
     """
 
     anatomy: Anatomy
@@ -71,6 +74,7 @@ class MaskedRun:
     on_device: bool = False
     backend: str = "auto"
     fused: bool | None = None
+    trunk: Trunk | None = None
     active: Active = field(init=False)
     alive: Alive | None = field(init=False, default=None)
     stream: Tensor | None = field(init=False, default=None)
@@ -93,23 +97,26 @@ class MaskedRun:
         return recomputes_by_size(self.graph, self.embeds[0].numel() * self.embeds.element_size())
 
     def forward(self, mask: Tensor, keep_graphs: bool) -> Tensor:
-        on = (mask != 0).cpu().numpy() if self.skip_zeros and not self.on_device else None
         if self.fused is None:
             self.fused = is_compiled("read_norm", self.backend, self.embeds, mask)
-        self.active = Active(self.graph, on, mask.device)
+        self.active = self._find_active(mask)
         if self.skip_zeros and self.on_device and self.fused:
             self.alive = Alive(self.graph, mask, self.backend)
         _, tokens, width = self.embeds.shape
         below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
         self.stream = POOL.empty((below_top, tokens, width), self.embeds)
-        base = self._write_embeddings()
-        for layer in range(self.graph.num_layers - 1):
+        first, base = self._start()
+        bases = [base]
+        for layer in range(first, self.graph.num_layers - 1):
             run = LayerRun(base, self._ablated_heads(layer, self.ablated))
             self._run_layer(layer, run, mask, self.ablated, keep_graphs)
             base = base + run.written + self.ablated.mlps[layer]
+            bases.append(base)
             self._layers.append(run)
             if not keep_graphs:
                 run.drop_graphs()
+        if self.trunk is not None and self.trunk.layer is None:
+            self.trunk.active, self.trunk.stream, self.trunk.bases = self.active, self.stream, tuple(bases)
         return self._forward_top(mask, base, keep_graphs)
 
     def backward(self, mask: Tensor, grad_read: Tensor) -> Tensor:
@@ -129,6 +136,22 @@ class MaskedRun:
             self._backward_layer(layer, run, mask, grad_stream, grad_mask)
         self.stream = self._top = None
         return grad_mask
+
+    def _find_active(self, mask: Tensor) -> Active:
+        """What has to be computed; from a trunk on, what it had to."""
+        if self.trunk is not None and self.trunk.layer is not None:
+            assert self.trunk.active is not None
+            return self.trunk.active.for_other_masks()
+        on = (mask != 0).cpu().numpy() if self.skip_zeros and not self.on_device else None
+        return Active(self.graph, on, mask.device)
+
+    def _start(self) -> tuple[int, Tensor]:
+        """The first layer to run, with the rows below it written, and its base ``[T, d]``."""
+        if self.trunk is None or self.trunk.layer is None:
+            return 0, self._write_embeddings()
+        layer = self.trunk.layer
+        self._rows_before(self.stream, layer).copy_(self._rows_before(self.trunk.stream, layer))
+        return layer, self.trunk.bases[layer]
 
     def _write_embeddings(self) -> Tensor:
         """Write the embedding rows; returns the first base, ``[T, d]``."""

@@ -6,7 +6,7 @@ import torch
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery.joint import joint_pairs, with_pair
-from fastcircuit.discovery.refine import Refiner
+from fastcircuit.discovery.refine import Refiner, _without
 from fastcircuit.discovery.rounding import top_circuit
 from fastcircuit.errors import RunError
 from fastcircuit.evaluation.faithfulness import mean_kl
@@ -15,6 +15,7 @@ from fastcircuit.graph import Graph
 from fastcircuit.masks import Masks
 from fastcircuit.models.loading import load_model, load_tokenizer
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.models.stream import MaskedRun
 from fastcircuit.tasks import load_task
 from tests.discovery.test_edge_pruning import make_task
 from tests.models.tiny import tiny_model
@@ -87,6 +88,29 @@ def test_elimination_is_the_greedy_one(model):
     ]
     assert refiner.kl(left) == min(refiner.kl(each) for each in without if each.num_edges == 11)
     assert refiner.eliminate(circuit, 5).num_edges == 5
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "mean", "zero"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_removals_are_measured_from_their_layer_on(name, ablation, monkeypatch):
+    model = MaskedCausalLM(tiny_model(name, torch.float64))
+    refiner = Refiner(Reference(model, make_task().split("train"), ablation))
+    circuit = top_circuit(model.graph, np.random.default_rng(3).normal(size=model.graph.num_edges), 25, ablation)
+    run_layer, run = MaskedRun._run_layer, []
+
+    def counted(self, layer, *rest):
+        run.append(layer)
+        run_layer(self, layer, *rest)
+
+    monkeypatch.setattr(MaskedRun, "_run_layer", counted)
+    refiner._gradient(circuit, kept_only=True)
+    for edge in np.flatnonzero(circuit.keep):
+        candidate = _without(circuit, edge)
+        run.clear()
+        found = refiner._kl_without(edge, candidate)
+        layer = next(site.layer for site in model.graph.sites if edge < site.edge_slice.stop)
+        assert run == list(range(layer, model.graph.num_layers - 1))
+        assert found == pytest.approx(refiner.kl(candidate), rel=1e-9)
 
 
 def test_elimination_says_when_no_removal_ends_at_the_size(model):
