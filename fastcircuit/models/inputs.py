@@ -7,6 +7,7 @@ their way into the projections where there is a kernel for that.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class KeptReads:
     reads: Tensor
     plain: int = 0
     live: Tensor | None = None
+    _fused: bool = field(init=False, default=False)
 
     def forward(self) -> Tensor:
         """The normalised reads, ``[readers - plain, T, d]`` (or ``[1, T, d]``)."""
@@ -48,8 +50,10 @@ class KeptReads:
     def project(self, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
         """The projections of the normalised reads, ``[heads, T, d_head]`` each."""
         norm = self.norm
-        if not isinstance(norm, Norm) or not self._fuses(projections):
+        self._fused = self._fuses(projections)
+        if not self._fused:
             return _project(self.forward(), projections)
+        assert isinstance(norm, Norm)
         return tuple(
             norm_projection(x, norm.weight, norm.bias, norm.eps, to.weight, to.bias, centered=norm.centered)
             for x, to in _shares(self._normed, projections)
@@ -62,9 +66,10 @@ class KeptReads:
             grads: of what project gave.
         """
         norm = self.norm
-        if not isinstance(norm, Norm) or not self._fuses(projections):
+        if not self._fused:
             _project_backward(projections, grads, grad)
             return self.backward_(grad)
+        assert isinstance(norm, Norm)
         shares = zip(_shares(self._normed, projections), _shares(grad, projections), grads, strict=True)
         for (x, to), (out, _), of_projected in shares:
             norm_projection_grad_(of_projected, x, norm.weight, norm.eps, to.weight, out, centered=norm.centered)
@@ -72,13 +77,13 @@ class KeptReads:
 
     def _fuses(self, projections: Sequence[Projection]) -> bool:
         """Whether each head sees something of its own, and one kernel normalises and projects it."""
-        if len(self._normed) == 1:
+        if not isinstance(self.norm, Norm) or self._normed.shape[0] == 1:
             return False
         return all(is_compiled("norm_projection", "auto", self.reads, to.weight) for to in projections)
 
-    @property
+    @cached_property
     def _normed(self) -> Tensor:
-        return self.reads[: len(self.reads) - self.plain]
+        return self.reads[: self.reads.shape[0] - self.plain]
 
 
 @dataclass
