@@ -270,8 +270,7 @@ def _attention_grads(
     dtype = query.dtype
     grad, query, key, value = (part.to(weights.dtype) for part in (grad, query, key, value))
     of_weights = grad @ value.transpose(1, 2)
-    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
-    of_scores = of_scores.masked_fill(hidden, 0) * scale
+    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).masked_fill(hidden, 0) * scale
     grads = of_scores @ key, of_scores.transpose(1, 2) @ query, weights.transpose(1, 2) @ grad
     return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype)
 
