@@ -172,9 +172,9 @@ def packed_attention(
     window: int | None,
 ) -> tuple[Tensor, None]:
     """Softmax attention, one sequence after the other, written out."""
-    of_heads = _of_heads(query, key, value, kv_of_head, alive, cos, sin)
+    query, key, value = _of_heads(query, key, value, kv_of_head, alive, cos, sin)
     out = [
-        _attention(*(part[:, first:last] for part in of_heads), scale, causal, window)
+        _attention(query[:, first:last], key[:, first:last], value[:, first:last], scale, causal, window)
         for first, last in itertools.pairwise(starts.tolist())
     ]
     return torch.cat(out, dim=1).transpose(0, 1).flatten(1), None
@@ -198,10 +198,10 @@ def packed_attention_grads(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each step of the forward pass undone."""
-    of_heads = _of_heads(query, key, value, kv_of_head, alive, cos, sin)
-    grad = grad.unflatten(1, (len(query), query.shape[2])).transpose(0, 1)
+    q, k, v = _of_heads(query, key, value, kv_of_head, alive, cos, sin)
+    g = grad.unflatten(1, (len(query), query.shape[2])).transpose(0, 1)
     parts = [
-        _attention_grads(*(part[:, first:last] for part in (grad, *of_heads)), scale, causal, window)
+        _attention_grads(g[:, first:last], q[:, first:last], k[:, first:last], v[:, first:last], scale, causal, window)
         for first, last in itertools.pairwise(starts.tolist())
     ]
     of_query, of_key, of_value = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
