@@ -1,6 +1,10 @@
-"""What must hold on a CUDA device as on the CPU; skipped, visibly, without one."""
+"""What must hold on a CUDA device as on the CPU; skipped, visibly, without one.
+
+The kernels' tests also run in Triton's interpreter, in small, so that a GPU is not where they fail for the first time.
+"""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -29,22 +33,36 @@ from tests.discovery.test_edge_pruning import make_task
 from tests.models.test_masked import pair
 from tests.models.tiny import tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device here")
+needs_triton = pytest.mark.skipif(
+    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="there is no CUDA device here, and Triton is not in its interpreter",
+)
 
 
+def sizes(on_gpu, interpreted):
+    """Parameters of a test: those for a GPU, or those that the interpreter has done in seconds."""
+    return on_gpu if ON_GPU else interpreted
+
+
+@needs_triton
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (36, 26, 64, 768), (5, 13, 11, 17), (1, 30, 13, 64), (120, 41, 8, 512)]
+    "shape",
+    sizes(
+        [(1, 1, 1, 1), (36, 26, 64, 768), (5, 13, 11, 17), (1, 30, 13, 64), (120, 41, 8, 512)],
+        [(1, 1, 1, 1), (5, 13, 11, 17)],
+    ),
 )
 def test_masked_read_equals_float64_on_the_cpu(shape, backend):
     readers, writers, tokens, width = shape
     generator = torch.Generator().manual_seed(0)
     stream, grad = (torch.randn(n, tokens, width, generator=generator, dtype=torch.float64) for n in (writers, readers))
     mask = torch.rand(readers, writers, generator=generator, dtype=torch.float64)
-    own = [tensor.float().cuda() for tensor in (stream, mask, grad)]
+    own = [tensor.float().to(DEVICE) for tensor in (stream, mask, grad)]
     reads = masked_read(own[0], own[1], backend=backend)
     grad_stream = torch.zeros_like(own[0])
     grad_mask = masked_read_backward_(own[2], own[0], own[1], grad_stream, backend=backend)
@@ -84,25 +102,28 @@ def _assert_near(found, expected, precision):
     assert error < ERROR[precision]
 
 
-def _drawn(dtype, *sizes):
-    generator = torch.Generator("cuda").manual_seed(0)
-    return [torch.randn(size, generator=generator, device="cuda", dtype=torch.float64).to(dtype) for size in sizes]
+def _drawn(dtype, *shapes):
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("readers", [1, 24, 37, 121, 200])
+@needs_triton
+@pytest.mark.parametrize("readers", sizes([1, 24, 37, 121, 200], [1, 37]))
 @pytest.mark.parametrize("skipping", [False, True])
 def test_triton_reads_and_their_gradients(precision, readers, skipping):
     dtype = PRECISIONS[precision]
-    stream, grad, base, start = _drawn(dtype, (79, 33, 72), (readers, 33, 72), (33, 72), (79, 33, 72))
+    tokens, width = sizes((33, 72), (3, 72))
+    shapes = (79, tokens, width), (readers, tokens, width), (tokens, width), (79, tokens, width)
+    stream, grad, base, start = _drawn(dtype, *shapes)
     mask = _drawn(torch.float64 if dtype == torch.float64 else torch.float32, (readers, 79))[0].clamp(0, 1)
     mask[:, ::3] = 0
-    wanted = (torch.arange(readers, device="cuda") % 4 != 1).int()
+    wanted = (torch.arange(readers, device=DEVICE) % 4 != 1).int()
     live = live_writers(mask, wanted, backend="triton") if skipping else None
     wide = [t.double() for t in (stream, mask, base, grad)]
     reads = masked_read(stream, mask, base, live=live, backend="triton")
     read = wanted != 0 if skipping else slice(None)
     _assert_near(reads[read], reference.masked_read(*wide[:3])[read], precision)
-    buffer, exact = start.clone(), start.double()
+    buffer, exact = start.clone(), start.to(torch.float64, copy=True)
     grad_mask = masked_read_backward_(grad, stream, mask, buffer, live=live, backend="triton")
     expected = reference.masked_read_backward_(wide[3], *wide[:2], exact, True, live)
     _assert_near(buffer, exact, precision)
@@ -113,22 +134,28 @@ def test_triton_reads_and_their_gradients(precision, readers, skipping):
     assert torch.equal(buffer, again)
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(12, 12, 64), (4, 2, 40), (6, 2, 128)])
-@pytest.mark.parametrize(("longest", "rotary", "window"), [(16, 0, None), (200, 32, None), (90, 0, 20)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"), sizes([(12, 12, 64), (4, 2, 40), (6, 2, 128)], [(2, 2, 64), (4, 2, 40)])
+)
+@pytest.mark.parametrize(
+    ("longest", "rotary", "window"),
+    sizes([(16, 0, None), (200, 32, None), (90, 0, 20)], [(16, 0, None), (70, 32, None), (20, 0, 5)]),
+)
 def test_triton_attention(dtype, heads, kv_heads, width, longest, rotary, window):
     lengths = [longest, 1, longest // 2, longest]
     starts, tokens = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
     operands = _drawn(dtype, *((count, tokens, width) for count in (heads, kv_heads, kv_heads)))
     cos, sin, grad = _drawn(dtype, (tokens, rotary), (tokens, rotary), (tokens, heads * width))
-    alive = torch.ones(heads, dtype=torch.int32, device="cuda")
+    alive = torch.ones(heads, dtype=torch.int32, device=DEVICE)
     alive[1] = 0
     options = {"scale": width**-0.5, "window": window, "alive": alive, "longest": longest}
     results = []
     for wide, backend in ((False, "triton"), (True, "reference"), (False, "triton")):
         leaves = [(part.double() if wide else part).detach().requires_grad_() for part in operands]
         tables = tuple(part.double() if wide else part for part in (cos, sin)) if rotary else None
-        out = packed_attention(*leaves, starts.cuda(), rotary=tables, backend=backend, **options)
+        out = packed_attention(*leaves, starts.to(DEVICE), rotary=tables, backend=backend, **options)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, grad.double() if wide else grad)))
     for found, exact, again in zip(*results, strict=True):
         # Two products, one after the other.
@@ -136,7 +163,8 @@ def test_triton_attention(dtype, heads, kv_heads, width, longest, rotary, window
         assert torch.equal(found, again)
 
 
-@pytest.mark.parametrize("tokens", [5, 300])
+@needs_triton
+@pytest.mark.parametrize("tokens", sizes([5, 300], [5]))
 @pytest.mark.parametrize("centered", [True, False])
 def test_triton_norm_of_reads(precision, tokens, centered):
     dtype = PRECISIONS[precision]
@@ -154,6 +182,7 @@ def test_triton_norm_of_reads(precision, tokens, centered):
     assert torch.equal(grad_reads, read_norm_grad(grad, stats, *operands, centered=centered, backend="triton"))
 
 
+@needs_triton
 def test_triton_answers(precision):
     dtype = PRECISIONS[precision]
     hidden, weight, log_probs, grad = _drawn(dtype, (35, 96), (1000, 96), (35, 1000), 35)
@@ -166,13 +195,15 @@ def test_triton_answers(precision):
     _assert_near(ours, torch.autograd.grad(exact, wide, grad.double())[0], precision)
 
 
+@needs_triton
 def test_triton_samples_are_the_references():
-    log_alpha, seed = torch.linspace(-5, 5, 40_001, device="cuda"), torch.tensor([2**40 + 5, 3], device="cuda")
+    log_alpha, seed = torch.linspace(-5, 5, 40_001, device=DEVICE), torch.tensor([2**40 + 5, 3], device=DEVICE)
     numbers = {"temperature": 2 / 3, "stretch": (-0.1, 1.1), "epsilon": 1e-6}
     ours, expected = (hard_concrete(log_alpha, seed, **numbers, backend=name) for name in ("triton", "reference"))
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@needs_gpu
 def test_a_captured_step_draws_anew_and_skips_without_the_host():
     """Sampling, listing and reading in one CUDA graph: counts stay on the device, and each replay has its own."""
     stream = torch.randn(40, 16, 64, device="cuda")
@@ -199,6 +230,7 @@ def test_a_captured_step_draws_anew_and_skips_without_the_host():
     assert len(counts) == 5
 
 
+@needs_gpu
 def test_streams_of_more_than_2_to_the_31_numbers():
     """The last writers lie beyond 32-bit offsets; only they are read, and only their gradient is not 0."""
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
@@ -217,6 +249,7 @@ def test_streams_of_more_than_2_to_the_31_numbers():
         torch.testing.assert_close(grad_mask[:, -2:], torch.full((3, 2), 1.5 * 1000 * 1024, device="cuda"))
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", ["gpt2", "llama-biases-head-dim", "mistral-window"])
 def test_masked_models_equal_the_cpu(name):
     results = []
@@ -260,6 +293,7 @@ def assert_same_run(found, expected, tolerance=1e-3):
     torch.testing.assert_close(losses, expected_losses, rtol=tolerance, atol=tolerance)
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_kernels_step_is_that_of_plain_torch(name):
     """The same numbers drawn: losses and log-alphas after twelve steps, samples of 0 left out or not."""
@@ -275,6 +309,7 @@ def test_the_kernels_step_is_that_of_plain_torch(name):
     assert_same_run(*runs)
 
 
+@needs_gpu
 @pytest.mark.parametrize("case", RUNS)
 def test_a_recorded_run_is_the_dynamic_one(case):
     name, changes, budgets, execution = RUNS[case]
@@ -288,6 +323,7 @@ def test_a_recorded_run_is_the_dynamic_one(case):
         assert graphs["finish"] is not None
 
 
+@needs_gpu
 def test_the_step_waits_for_nothing():
     run = cuda_run("gpt2", {"batch_size": 64}, execution=Execution("graph"))  # all examples: one shape
     for _ in range(8):
@@ -301,6 +337,7 @@ def test_the_step_waits_for_nothing():
     assert set(run.stepper._call._graphs) == before
 
 
+@needs_gpu
 def test_a_recorded_run_resumes(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     whole, first, second = (cuda_run("gpt2", execution=Execution("graph")) for _ in range(3))
@@ -314,6 +351,7 @@ def test_a_recorded_run_resumes(tmp_path):
     assert_same_run(second, whole, 1e-5)
 
 
+@needs_gpu
 @pytest.mark.parametrize("recording", [False, True])
 def test_running_out_of_memory_halves_the_micro_batch(recording):
     run, expected, notes = cuda_run("gpt2", execution=Execution("graph")), cuda_run("gpt2"), []
@@ -339,6 +377,7 @@ def test_running_out_of_memory_halves_the_micro_batch(recording):
     assert_same_run(run, expected)
 
 
+@needs_gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_predicted_memory_is_what_the_device_counts(recompute):
     from bench.cases import gpu as case

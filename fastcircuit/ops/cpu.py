@@ -1,11 +1,11 @@
 """Launches the C++ kernels: checks that tensors lie as they want, and passes addresses, shapes and strides."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcircuit.ops import extension, reference
 from fastcircuit.ops.extension import missing_reason as missing_reason
@@ -21,7 +21,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     """Why the kernels cannot take these tensors, given in the order of the op."""
     if op.startswith("norm_projection"):
         return _unsupported_projection(*tensors)
-    if op == "packed_attention":
+    if op.startswith("packed_attention"):
         return _unsupported_attention(*tensors)
     if not op.startswith("masked_read"):
         return _unsupported_kind("x", tensors[-2])
@@ -299,65 +299,58 @@ def _row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
     return rows, group_stride, row_stride
 
 
-def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, kv_of_head: Tensor, alive: None, *rest: Any
-) -> Tensor:
+def packed_attention(query: Tensor, *rest: Any) -> tuple[Tensor, None]:
     """Softmax attention of packed sequences (see :func:`fastcircuit.ops.packed_attention`)."""
-    out: Tensor = _PackedAttention.apply(query, key, value, starts, longest, kv_of_head, *rest)
-    return out
+    heads, tokens, width = query.shape
+    out = query.new_empty(tokens, heads * width)
+    _attention(extension.kernels.packed_attention, (out.data_ptr(),), query, *rest)
+    return out, None
 
 
-class _PackedAttention(torch.autograd.Function):
-    """Saves the operands alone: backward computes the scores again."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, starts, longest, kv_of_head, rotary, scale, causal, window):
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        ctx.save_for_backward(query, key, value)
-        ctx.call = _attention_call(query, starts, longest, kv_of_head, rotary, scale, causal, window)
-        heads, tokens, width = query.shape
-        out = query.new_empty(tokens, heads * width)
-        extension.kernels.packed_attention(*ctx.call(query, key, value), out.data_ptr())
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        query, key, value = ctx.saved_tensors
-        grad_out = grad_out.contiguous()
-        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        addresses = tuple(grad.data_ptr() for grad in grads)
-        extension.kernels.packed_attention_backward(*ctx.call(query, key, value), grad_out.data_ptr(), addresses)
-        return (*grads, *(None,) * 7)
+def packed_attention_grads(
+    grad: Tensor, out: None, lse: None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; the scores are computed again."""
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    results = grad.data_ptr(), tuple(part.data_ptr() for part in grads)
+    _attention(extension.kernels.packed_attention_backward, results, query, key, value, *rest)
+    return grads
 
 
-def _attention_call(
+def _attention(
+    kernel: Callable[..., None],
+    results: tuple[Any, ...],
     query: Tensor,
+    key: Tensor,
+    value: Tensor,
     starts: Tensor,
     longest: int,
-    kv_of_head: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
+    kv_of_head: Tensor | None,
+    alive: None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     scale: float,
     causal: bool,
     window: int | None,
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]:
-    """What forward and backward pass to the kernel, given query, key and value. It keeps what it points to alive."""
-    starts, kv_of_head = starts.contiguous(), kv_of_head.contiguous()
-    tables = () if rotary is None else tuple(table.to(query.dtype).contiguous() for table in rotary)
+) -> None:
+    """What forward and backward pass to their kernels alike, then ``results``."""
+    (heads, tokens, width), kv_heads = query.shape, key.shape[0]
+    kv_of_head = _equal_groups(heads, kv_heads) if kv_of_head is None else kv_of_head
+    kernel(
+        extension.isa(),
+        torch.get_num_threads(),
+        _CODES[query.dtype],
+        (heads, kv_heads, tokens, width),
+        (len(starts) - 1, longest, starts.data_ptr(), kv_of_head.data_ptr()),
+        (query.data_ptr(), key.data_ptr(), value.data_ptr()),
+        (0, 0, 0) if cos is None or sin is None else (cos.shape[1], cos.data_ptr(), sin.data_ptr()),
+        scale,
+        causal,
+        window or 0,
+        *results,
+    )
 
-    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
-        heads, tokens, width = query.shape
-        return (
-            extension.isa(),
-            torch.get_num_threads(),
-            _CODES[query.dtype],
-            (heads, key.shape[0], tokens, width),
-            (len(starts) - 1, longest, starts.data_ptr(), kv_of_head.data_ptr()),
-            (query.data_ptr(), key.data_ptr(), value.data_ptr()),
-            (tables[0].shape[-1], *(table.data_ptr() for table in tables)) if tables else (0, 0, 0),
-            scale,
-            causal,
-            window or 0,
-        )
 
-    return call
+@functools.lru_cache(maxsize=64)
+def _equal_groups(heads: int, kv_heads: int) -> Tensor:
+    return torch.arange(heads, device="cpu") * kv_heads // max(heads, 1)

@@ -1,5 +1,7 @@
 """The operations in plain torch: the specification every other backend is tested against."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -161,25 +163,83 @@ def packed_attention(
     value: Tensor,
     starts: Tensor,
     longest: int,
-    kv_of_head: Tensor,
+    kv_of_head: Tensor | None,
     alive: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     scale: float,
     causal: bool,
     window: int | None,
-) -> Tensor:
+) -> tuple[Tensor, None]:
     """Softmax attention, one sequence after the other, written out."""
-    if rotary is not None:
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
-    kv_of_head = kv_of_head.to(key.device)
-    key, value = key.index_select(0, kv_of_head), value.index_select(0, kv_of_head)
-    if alive is not None:
-        query, key, value = (torch.where(alive[:, None, None] != 0, part, 0) for part in (query, key, value))
+    query, key, value = _of_heads(query, key, value, kv_of_head, alive, cos, sin)
     out = [
         _attention(query[:, first:last], key[:, first:last], value[:, first:last], scale, causal, window)
-        for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+        for first, last in itertools.pairwise(starts.tolist())
     ]
-    return torch.cat(out, dim=1).transpose(0, 1).flatten(1)
+    return torch.cat(out, dim=1).transpose(0, 1).flatten(1), None
+
+
+def packed_attention_grads(
+    grad: Tensor,
+    out: None,
+    lse: None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    kv_of_head: Tensor | None,
+    alive: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, each step of the forward pass undone."""
+    q, k, v = _of_heads(query, key, value, kv_of_head, alive, cos, sin)
+    g = grad.unflatten(1, (len(query), query.shape[2])).transpose(0, 1)
+    parts = [
+        _attention_grads(g[:, first:last], q[:, first:last], k[:, first:last], v[:, first:last], scale, causal, window)
+        for first, last in itertools.pairwise(starts.tolist())
+    ]
+    of_query, of_key, of_value = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    if alive is not None:
+        of_query, of_key, of_value = (_where_alive(part, alive) for part in (of_query, of_key, of_value))
+    kv_of_head = _kv_of_head(kv_of_head, query, key)
+    of_key, of_value = (key.new_zeros(key.shape).index_add_(0, kv_of_head, part) for part in (of_key, of_value))
+    if cos is not None and sin is not None:
+        of_query, of_key = (_rotate_back(part, cos, sin).to(query.dtype) for part in (of_query, of_key))
+    return of_query, of_key, of_value
+
+
+def _of_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_of_head: Tensor | None,
+    alive: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated query, rotated key and value of every head, ``[H, T, d_head]`` each; 0 for heads to leave out."""
+    if cos is not None and sin is not None:
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    kv_of_head = _kv_of_head(kv_of_head, query, key)
+    key, value = key.index_select(0, kv_of_head), value.index_select(0, kv_of_head)
+    if alive is None:
+        return query, key, value
+    return _where_alive(query, alive), _where_alive(key, alive), _where_alive(value, alive)
+
+
+def _kv_of_head(given: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """The key and value head of every head, ``[H]``."""
+    return torch.arange(len(query), device=key.device) * len(key) // max(len(query), 1) if given is None else given
+
+
+def _where_alive(of_heads: Tensor, alive: Tensor) -> Tensor:
+    return torch.where(alive[:, None, None] != 0, of_heads, 0)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -191,7 +251,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if rest is None else torch.cat((turned, rest), dim=-1)
 
 
+def _rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of what was rotated."""
+    part, rest = grad[..., : cos.shape[-1]], grad[..., cos.shape[-1] :]
+    first, second = (part * sin).chunk(2, dim=-1)
+    return torch.cat((part * cos + torch.cat((second, -first), dim=-1), rest), dim=-1)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
+    weights, _ = _attention_weights(query, key, scale, causal, window)
+    return (weights @ value.to(weights.dtype)).to(value.dtype)
+
+
+def _attention_grads(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights, hidden = _attention_weights(query, key, scale, causal, window)
+    dtype = query.dtype
+    grad, query, key, value = (part.to(weights.dtype) for part in (grad, query, key, value))
+    of_weights = grad @ value.transpose(1, 2)
+    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype).masked_fill(hidden, 0) * scale
+    grads = of_scores @ key, of_scores.transpose(1, 2) @ query, weights.transpose(1, 2) @ grad
+    return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype)
+
+
+def _attention_weights(
+    query: Tensor, key: Tensor, scale: float, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The weights in the accumulation dtype, and which of them are hidden and 0."""
     wide = accumulation_dtype(query.dtype)
     scores = query.to(wide) @ key.to(wide).transpose(1, 2) * scale
     place = torch.arange(query.shape[1], device=query.device)
@@ -201,7 +288,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: 
         hidden |= distance < 0
     if window is not None:
         hidden |= distance.abs() >= window
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value.to(wide)).to(value.dtype)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1), hidden
 
 
 def hard_concrete(

@@ -2,10 +2,10 @@
 
 import importlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcircuit.errors import InputError
 from fastcircuit.ops.layout import layout_reasons
@@ -60,7 +60,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
     # Ops that read the stream, and where it is among their tensors.
     of_stream = {"read_norm": "masked_read", "read_norm_grad": "masked_read_grads"}.get(op, op)
     reasons = layout_reasons(of_stream, tensors) if of_stream.startswith("masked_read") else []
-    if op == "packed_attention":
+    if op.startswith("packed_attention"):
         reasons += attention_reasons(first.dtype, first.shape[-1])
     if first.device.type != "cuda" and not _interpreted():
         reasons.append(f"the tensors are on {first.device}, not on a CUDA device")
@@ -222,56 +222,30 @@ def read_norm_grad(
     )
 
 
-def packed_attention(
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Softmax attention of packed sequences, and the logarithms of the sums, ``[H, T]``."""
+    return _attention(query, key, *rest).forward(query, key, value)
+
+
+def packed_attention_grads(
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; the scores are computed again."""
+    return _attention(query, key, *rest).backward(grad, query, key, value, out, lse)
+
+
+def _attention(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     starts: Tensor,
     longest: int,
-    kv_of_head: Tensor,
+    kv_of_head: Tensor | None,
     alive: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-) -> Tensor:
-    """Softmax attention of packed sequences; only unequal groups of heads have to be copied to the device."""
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *numbers: Any,
+) -> Any:
     from fastcircuit_kernels import packed_attention as kernels
 
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    heads, kv_heads = len(query), len(key)
-    equal = heads % kv_heads == 0 and torch.equal(kv_of_head, torch.arange(heads, device="cpu") // (heads // kv_heads))
-    if rotary is not None:
-        cos, sin = (table.to(query.dtype).contiguous() for table in rotary)
-        rotary = cos, sin
-    call = kernels.Call(
-        query,
-        key,
-        starts.to(query.device),
-        longest,
-        None if equal else kv_of_head.to(query.device),
-        alive,
-        rotary,
-        scale,
-        causal,
-        window,
-        float32_precision(),
-    )
-    out: Tensor = _PackedAttention.apply(query, key, value, call)
-    return out
-
-
-class _PackedAttention(torch.autograd.Function):
-    """Saves the operands, the result and a number per score row: backward computes the scores again."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, call):
-        out, lse = call.forward(query, key, value)
-        ctx.call = call
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return *ctx.call.backward(grad.contiguous(), *ctx.saved_tensors), None
+    rotary = None if cos is None else (cos, sin)
+    return kernels.Call(query, key, starts, longest, kv_of_head, alive, rotary, *numbers, float32_precision())

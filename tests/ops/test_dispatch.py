@@ -19,6 +19,7 @@ TRITON_TESTS = {
     "reads": ["ops/test_masked_read.py", "ops/test_read_norm.py"],
     "the rest": ["ops/test_packed_attention.py", "ops/test_hard_concrete.py", "ops/test_answer_kl.py"],
     "a step": ["discovery/test_triton_step.py"],
+    "a GPU's, in small": ["test_gpu.py"],
 }
 
 BLOCKED = """

@@ -82,7 +82,8 @@ def test_any_assignment_of_heads_to_key_heads(backend):
 
 def test_reference_is_softmax_attention():
     query, key, value, starts, tables, _ = _operands((2, 2, 6, 0), torch.float64)
-    out = reference.packed_attention(query, key, value, starts, 33, torch.arange(2), None, tables, 0.3, True, None)
+    assert tables is None
+    out, _ = reference.packed_attention(query, key, value, starts, 33, None, None, None, None, 0.3, True, None)
     expected = torch.nn.functional.scaled_dot_product_attention(
         query[:, 8:28], key[:, 8:28], value[:, 8:28], is_causal=True, scale=0.3
     )
@@ -222,14 +223,88 @@ def test_rotary_tables_and_windows_that_do_not_fit_are_refused():
         packed_attention(query, key, value, starts, scale=1.0, window=0)
 
 
-def test_groups_are_made_on_the_cpu_and_may_be_differentiated():
+def test_groups_are_made_on_the_cpu_and_may_be_differentiated(backend):
     """Whatever the default device and mode of the call that made them first."""
-    operands = _operands((6, 3, 4, 0), torch.float32)
+    operands = _operands((6, 3, 4, 0), torch.float32, _lengths(backend))
     with torch.inference_mode(), torch.device("meta"):
-        packed_attention(*operands[:4], scale=0.3)
+        packed_attention(*operands[:4], scale=0.3, backend=backend)
     for ours, given in zip(
-        _run(*operands, backend="reference"),
-        _run(*operands, kv_of_head=torch.arange(6) // 2, backend="reference"),
-        strict=True,
+        _run(*operands, backend=backend), _run(*operands, kv_of_head=torch.arange(6) // 2, backend=backend), strict=True
     ):
         assert torch.equal(ours, given)
+
+
+OPTIONS = {
+    "plain": {},
+    "any heads": {"kv_of_head": torch.tensor([1, 0, 0, 1])},
+    "window, both ways": {"causal": False, "window": 2},
+    "left out": {"alive": torch.tensor([1, 0, 1, 1], dtype=torch.int32)},
+}
+
+
+def _options(which, backend):
+    if which == "left out" and backend == "cpu":
+        pytest.skip("the C++ kernel leaves out no heads")
+    return {**OPTIONS[which], "backend": backend}
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+def test_opcheck(backend, which):
+    query, key, value, starts, tables, grad = _operands((4, 2, 8, 4), torch.float32, [3, 4])
+    leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    given = {"kv_of_head": None, "alive": None, "causal": True, "window": None, **_options(which, backend)}
+    if which == "left out":  # the sums of a head that is left out may be anything
+        given["alive"] = torch.ones(4, dtype=torch.int32)
+    rest = (starts, None, given["kv_of_head"], given["alive"], *tables, 0.3, given["causal"], given["window"], backend)
+    op = torch.ops.fastcircuit
+    torch.library.opcheck(op.packed_attention.default, (*leaves, *rest))
+    out, lse = op.packed_attention.default(query, key, value, *rest)
+    kept = (out, lse) if lse.dim() == 2 else (None, None)
+    torch.library.opcheck(op.packed_attention_grads.default, (grad, *kept, query, key, value, *rest))
+
+
+@pytest.mark.parametrize("which", OPTIONS)
+def test_compiled_equals_eager(backend, which):
+    options = _options(which, backend)
+    query, key, value, starts, tables, grad = _operands((4, 2, 8, 4), torch.float32, [3, 4])
+
+    def attend(query, key, value, starts):
+        return packed_attention(query * 2, key, value.sin(), starts, scale=0.3, rotary=tables, **options).cos()
+
+    results = []
+    for run in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        out = run(*leaves, starts)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_what_is_compiled_checks_what_it_is_given(backend):
+    query, key, value, starts, _, _ = _operands((4, 2, 8, 0), torch.float32, [3, 4])
+    attend = lambda starts: packed_attention(query, key, value, starts, scale=0.3, backend=backend)  # noqa: E731
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(starts), attend(starts))
+    with pytest.raises(InputError, match="ascending int64 from 0 to 7 on the CPU"):
+        run(torch.tensor([0, 9, 7]))
+
+
+def test_the_direct_path_equals_the_dispatched_one(backend):
+    query, key, value, starts, tables, _ = _operands((4, 2, 8, 8), torch.float32, _lengths(backend))
+    ours = packed_attention(query, key, value, starts, scale=0.3, rotary=tables, backend=backend)
+    rest = (starts, None, None, None, *tables, 0.3, True, None, backend)
+    assert torch.equal(ours, torch.ops.fastcircuit.packed_attention(query, key, value, *rest)[0])
+
+
+def test_runs_under_fake_tensors_and_on_meta():
+    for where in (torch._subclasses.FakeTensorMode(), torch.device("meta")):
+        with where:
+            query, key, starts = torch.empty(4, 7, 8), torch.empty(2, 7, 8), torch.empty(3, dtype=torch.int64)
+            assert packed_attention(query, key, key, starts, scale=0.3).shape == (7, 32)
+
+
+def test_second_derivative_is_refused(backend):
+    query, key, value, starts, _, _ = _operands((2, 1, 4, 0), torch.float32, [3, 2])
+    out = packed_attention(query.requires_grad_(), key, value, starts, scale=0.3, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(InputError, match="second derivatives are not implemented"):
+        grad.sum().backward()
