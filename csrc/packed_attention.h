@@ -1,6 +1,6 @@
 // Causal (or not), optionally windowed softmax attention of packed sequences, rotary positions included, and its
 // gradients: for prompts of tens of tokens, where padding, layout changes and one call per step cost more than the
-// arithmetic. Scores live one row at a time; backward computes them again.
+// arithmetic. Scores live for as many queries as a register has lanes; backward computes them again.
 #pragma once
 
 #include <cstdint>

@@ -66,9 +66,52 @@ FC_INLINE void store_number(S* s, A value) {
   if constexpr (sizeof(S) == sizeof(A)) {
     *s = value;
   } else {
-    S lanes[Simd<A>::kLanes];
-    Traits<S>::store(lanes, splat(value));
-    *s = lanes[0];
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    s->bits = uint16_t(value == value ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fc0u);  // to nearest even
+  }
+}
+
+template <class A>
+struct Four {
+  typedef A Vec __attribute__((vector_size(4 * sizeof(A))));
+};
+typedef uint32_t FourWide __attribute__((vector_size(16)));
+typedef uint16_t FourNarrow __attribute__((vector_size(8)));
+
+template <class S, class V>
+FC_INLINE void load_four(const S* from, V& to) {
+  if constexpr (sizeof(V) == 4 * sizeof(S)) {
+    std::memcpy(&to, from, sizeof to);
+  } else {
+    FourNarrow bits;
+    std::memcpy(&bits, from, sizeof bits);
+    to = (V)(__builtin_convertvector(bits, FourWide) << 16);
+  }
+}
+
+template <class S, class V>
+FC_INLINE void store_four(S* to, const V& from) {
+  if constexpr (sizeof(V) == 4 * sizeof(S)) {
+    std::memcpy(to, &from, sizeof from);
+  } else {
+    const FourWide bits = (FourWide)from, is_nan = (FourWide)(from != from);
+    const FourWide rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const FourNarrow narrow = __builtin_convertvector((is_nan & 0x7fc0u) | (~is_nan & rounded), FourNarrow);
+    std::memcpy(to, &narrow, sizeof narrow);
+  }
+}
+
+// to[r, c] = from[r, c]; rows of both are so far apart.
+template <class From, class To, class A = typename Traits<From>::Accumulate>
+FC_INLINE void copy(const From* from, int64_t from_row, int64_t rows, int64_t columns, To* to, int64_t to_row) {
+  for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
+    int64_t c = 0;
+    for (typename Four<A>::Vec x; c + 4 <= columns; c += 4) {
+      load_four(from + c, x);
+      store_four(to + c, x);
+    }
+    for (; c < columns; ++c) store_number(to + c, number(from[c]));
   }
 }
 
@@ -77,24 +120,21 @@ template <class From, class To, class A = typename Traits<From>::Accumulate>
 FC_INLINE void transpose(const From* from, int64_t from_row, int64_t rows, int64_t columns, To* to, int64_t to_row) {
   int64_t whole_rows = 0, whole_columns = 0;
 #ifdef FC_SHUFFLES
-  if constexpr (sizeof(From) == sizeof(To)) {
-    typedef A Four __attribute__((vector_size(4 * sizeof(A))));
-    whole_rows = rows / 4 * 4;
-    whole_columns = columns / 4 * 4;
-    for (int64_t r = 0; r < whole_rows; r += 4) {
-      for (int64_t c = 0; c < whole_columns; c += 4) {
-        Four x[4];
-        for (int i = 0; i < 4; ++i) std::memcpy(&x[i], from + (r + i) * from_row + c, sizeof x[i]);
-        const Four low01 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
-        const Four low23 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
-        const Four high01 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
-        const Four high23 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
-        const Four y[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-                           __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-                           __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-                           __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
-        for (int i = 0; i < 4; ++i) std::memcpy(to + (c + i) * to_row + r, &y[i], sizeof y[i]);
-      }
+  using Vec = typename Four<A>::Vec;
+  whole_rows = rows / 4 * 4;
+  whole_columns = columns / 4 * 4;
+  for (int64_t r = 0; r < whole_rows; r += 4) {
+    for (int64_t c = 0; c < whole_columns; c += 4) {
+      Vec x[4];
+      for (int i = 0; i < 4; ++i) load_four(from + (r + i) * from_row + c, x[i]);
+      const Vec low01 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+      const Vec low23 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+      const Vec high01 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+      const Vec high23 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+      store_four(to + c * to_row + r, __builtin_shufflevector(low01, low23, 0, 1, 4, 5));
+      store_four(to + (c + 1) * to_row + r, __builtin_shufflevector(low01, low23, 2, 3, 6, 7));
+      store_four(to + (c + 2) * to_row + r, __builtin_shufflevector(high01, high23, 0, 1, 4, 5));
+      store_four(to + (c + 3) * to_row + r, __builtin_shufflevector(high01, high23, 2, 3, 6, 7));
     }
   }
 #endif
@@ -262,7 +302,9 @@ struct Sequence {
 
   FC_INLINE int64_t length() const { return columns.length; }
   FC_INLINE int64_t place(int64_t head) const { return (head * p.tokens + start) * p.width; }
-  FC_INLINE int64_t place_out(int64_t head) const { return (start * p.heads + head) * p.width; }
+  FC_INLINE int64_t place_out(int64_t head, int64_t first) const {
+    return ((start + first) * p.heads + head) * p.width;
+  }
 
   FC_INLINE void load_head(const void* all, int64_t head, A* to) const {
     columns.load(static_cast<const S*>(all) + place(head), p.width, p.width, to);
@@ -301,7 +343,7 @@ void forward(const AttentionParams& p, int64_t sequence, int64_t kv_head, void* 
       for (int64_t c = first; c < layout.columns; c += stride)
         Traits<A>::store(mixed + c, Traits<A>::load(mixed + c) * inverse);
     }
-    own.columns.store(mixed, p.width, static_cast<S*>(p.out) + own.place_out(head), p.heads * p.width);
+    own.columns.store(mixed, p.width, static_cast<S*>(p.out) + own.place_out(head, 0), p.heads * p.width);
   }
 }
 
@@ -335,11 +377,13 @@ void backward(const AttentionParams& p, int64_t sequence, int64_t kv_head, void*
   A* const grad_values = grad_keys + layout.rows;
   A* const query_rows = grad_values + layout.rows;
   A* const grad_rows = query_rows + layout.few;
+  const S* const all_grads = static_cast<const S*>(p.grad_out);
+  const int64_t out_row = p.heads * p.width;
   std::memset(grad_keys, 0, sizeof(A) * 2 * (layout.rows + layout.few));
   for (int64_t head = 0; head < p.heads; ++head) {
     if (p.kv_of_head[head] != kv_head) continue;
     own.load_query(head, query);
-    own.columns.load(static_cast<const S*>(p.grad_out) + own.place_out(head), p.heads * p.width, p.width, grad_out);
+    own.columns.load(all_grads + own.place_out(head, 0), out_row, p.width, grad_out);
     for (int64_t first = 0; first < own.length(); first += kLanes) {
       const Block<S> block(p, first, own.length());
       const int64_t begin = block.begin, keys = block.keys();
@@ -348,7 +392,7 @@ void backward(const AttentionParams& p, int64_t sequence, int64_t kv_head, void*
       softmax_backward(p, block, weights, grads);
       multiply(p.width, own.keys + begin, stride, 1, keys, grads, kLanes, grad_query + first, stride);
       transpose(query + first, stride, p.width, block.count, query_rows, wide);
-      transpose(grad_out + first, stride, p.width, block.count, grad_rows, wide);
+      copy(all_grads + own.place_out(head, first), out_row, block.count, p.width, grad_rows, wide);
       for (int64_t c = 0; c < wide; c += kLanes) {
         const int64_t at = begin * wide + c;
         multiply<A, true>(keys, grads, kLanes, 1, block.count, query_rows + c, wide, grad_keys + at, wide);
@@ -362,8 +406,7 @@ void backward(const AttentionParams& p, int64_t sequence, int64_t kv_head, void*
   transpose(grad_keys, wide, own.length(), p.width, query, stride);
   own.columns.template turn<true>(p.rotary, own.cos, own.sin, query);
   own.store_head(query, p.grad_key, kv_head);
-  transpose(grad_values, wide, own.length(), p.width, query, stride);
-  own.store_head(query, p.grad_value, kv_head);
+  copy(grad_values, wide, own.length(), p.width, static_cast<S*>(p.grad_value) + own.place(kv_head), p.width);
 }
 
 template <class S, class A = typename Traits<S>::Accumulate>
