@@ -218,8 +218,8 @@ struct Block {
   }
 };
 
-// Columns: numbers of one sequence's tokens side by side, [width, stride], where a token has a row in memory. Between the
-// last token and the next whole register they are 0.
+// Columns: numbers of one sequence's tokens side by side, [width, stride], where a token has a row in memory. They are
+// loaded with zeros between the last token and the next whole register.
 template <class S, class A = typename Traits<S>::Accumulate>
 struct Columns {
   int64_t length, stride;

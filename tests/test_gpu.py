@@ -136,9 +136,7 @@ def test_triton_reads_and_their_gradients(precision, readers, skipping):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "width"), sizes([(12, 12, 64), (4, 2, 40), (6, 2, 128)], [(4, 2, 40)])
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), sizes([(12, 12, 64), (4, 2, 40), (6, 2, 128)], [(4, 2, 40)]))
 @pytest.mark.parametrize(
     ("longest", "rotary", "window"),
     sizes([(16, 0, None), (200, 32, None), (90, 0, 20)], [(16, 0, None), (34, 32, None), (20, 0, 5)]),
