@@ -10,6 +10,12 @@ workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first: a worker that begins one last keeps the others waiting."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 # A checkout that is not installed has kernels/ under its own name only.
 if importlib.util.find_spec("fastcircuit_kernels") is None:
     package = ModuleType("fastcircuit_kernels")

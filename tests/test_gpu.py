@@ -166,8 +166,10 @@ def test_triton_attention(dtype, heads, kv_heads, width, longest, rotary, window
 @pytest.mark.parametrize("centered", [True, False])
 def test_triton_norm_of_reads(precision, tokens, centered):
     dtype = PRECISIONS[precision]
-    stream, grad, base, weight, bias = _drawn(dtype, (19, tokens, 200), (37, tokens, 200), (tokens, 200), 200, 200)
-    mask = _drawn(torch.float64 if dtype == torch.float64 else torch.float32, (37, 19))[0].clamp(0, 1)
+    readers, width = sizes((37, 200), (5, 72))
+    shapes = (19, tokens, width), (readers, tokens, width), (tokens, width), width, width
+    stream, grad, base, weight, bias = _drawn(dtype, *shapes)
+    mask = _drawn(torch.float64 if dtype == torch.float64 else torch.float32, (readers, 19))[0].clamp(0, 1)
     operands = (stream, mask, base, weight)
     bias = bias if centered else None
     y, stats = read_norm(*operands, bias, 1e-5, centered=centered, backend="triton")
@@ -183,7 +185,8 @@ def test_triton_norm_of_reads(precision, tokens, centered):
 @needs_triton
 def test_triton_answers(precision):
     dtype = PRECISIONS[precision]
-    hidden, weight, log_probs, grad = _drawn(dtype, (35, 96), (1000, 96), (35, 1000), 35)
+    rows, tokens = sizes((35, 1000), (5, 300))
+    hidden, weight, log_probs, grad = _drawn(dtype, (rows, 96), (tokens, 96), (rows, tokens), rows)
     log_probs = log_probs.to(torch.float64 if dtype == torch.float64 else torch.float32).log_softmax(-1)
     kl = answer_kl(hidden.requires_grad_(), weight, log_probs, backend="triton")
     (ours,) = torch.autograd.grad(kl, hidden, grad.to(kl.dtype))

@@ -46,6 +46,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in Path("found").iterdir()) == ["circuit.json", "circuit.svg", "masks.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ((_, file, rows),) = blocks("json")
