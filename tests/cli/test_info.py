@@ -8,7 +8,7 @@ from fastcircuit.ops import backends, extension
 def test_info(run, answer):
     found = answer("info")
     assert set(found) == {"versions", "devices", "backends", "instruction_sets", "architectures", "models", "tasks"}
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"])  # a wheel may add what it was built for
     assert found["backends"]["reference"] is None
     code, out, err = run("info")
     assert (code, err) == (0, "")

@@ -13,6 +13,8 @@ from bench.cases import triton_launches  # noqa: E402
 
 # Bytes a thread may spill (words on AMD), in configurations other than those compiled here.
 MOST_SPILLED = 64
+# What a release of Triton other than the table's may spill, in bytes (3.6: 80, where 3.9 spills nothing).
+MOST_SPILLED_BY_ANOTHER = 128
 # Registers a thread can address: NVIDIA's instructions have eight bits for one, CDNA's file two halves of 256.
 MOST_REGISTERS = {"sm_80": 255, "sm_90": 255, "sm_100": 255, "gfx942": 512}
 KEYS = ("arch", "launch", "source")
@@ -61,12 +63,12 @@ def test_compiling_again_gives_the_table(launches, arch):
     for launch in chosen.values():
         compiled = aot.compile_for(launch, arch)
         _assert_addresses_are_64_bit(compiled.asm["ttir"])
-        found = aot.usage(compiled)
+        found, row = aot.usage(compiled), table[launch.name]
+        of_this_triton = row["triton"] == triton.__version__
         assert found["shared"] <= aot.SHARED_LIMIT[arch]
-        assert found["spills"] == 0
+        assert found["spills"] <= (0 if of_this_triton else MOST_SPILLED_BY_ANOTHER)
         assert found["registers"] <= MOST_REGISTERS[arch]
-        row = table[launch.name]
-        if row["triton"] == triton.__version__:
+        if of_this_triton:
             assert {key: str(value) for key, value in found.items()} == {key: row[key] for key in found}
 
 
