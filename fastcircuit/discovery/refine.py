@@ -240,6 +240,7 @@ class Refiner:
                 batch.answers.tokens,
                 skip_zeros=kept_only,
                 trunk=trunk,
+                changing=batch.changing,
             )
             divergence = reference.divergence(read, batch.answers.log_probs)
             (batch.answers.example_mean(divergence, batch.size) * (batch.size / total)).backward()

@@ -85,6 +85,7 @@ class DynamicStepper:
             batch.answers.tokens,
             skip_zeros=True,
             recompute=self.recompute,
+            changing=batch.changing,
         )
         if self.settings.upstream_compat:
             return upstream.divergence(self.model, batch, self.reference.restrict(self.model.unembed(read)))

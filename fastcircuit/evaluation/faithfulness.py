@@ -112,7 +112,16 @@ def task_reference(
 def circuit_log_probs(reference: Reference, masks: Masks, batch: Batch, trunk: Trunk | None = None) -> Tensor:
     """The masked model's log-probabilities at the batch's answers, ``[N, V or A]``; a ``trunk`` is where to start."""
     model, answers = reference.model, batch.answers.tokens
-    read = model.final_read(batch.token_ids, batch.packing, batch.ablated, masks, answers, skip_zeros=True, trunk=trunk)
+    read = model.final_read(
+        batch.token_ids,
+        batch.packing,
+        batch.ablated,
+        masks,
+        answers,
+        skip_zeros=True,
+        trunk=trunk,
+        changing=batch.changing,
+    )
     return reference.restrict(model.unembed(read))
 
 

@@ -108,10 +108,12 @@ class LayerRun:
     Args:
         base: what the layer's readers see with all masks 0, ``[T, d]`` (or ``[1, d]``).
         written: what its ablated heads write together; of the last layer, what its MLP sees with all masks 0.
+        fixed_base: what its readers see at the tokens that cannot change, if there are any, whatever the masks are.
     """
 
     base: Tensor
     written: Tensor
+    fixed_base: Tensor | None = None
     attention: AttentionRun | None = None
     mlp: MlpRun | None = None
 

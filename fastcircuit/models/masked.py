@@ -13,6 +13,7 @@ from fastcircuit.errors import InputError
 from fastcircuit.graph import EmbeddingNodes, Graph
 from fastcircuit.masks import Masks
 from fastcircuit.models.anatomy import Anatomy
+from fastcircuit.models.changing import Changing
 from fastcircuit.models.gpt2 import gpt2
 from fastcircuit.models.llama import llama
 from fastcircuit.models.mistral import mistral
@@ -186,12 +187,13 @@ class MaskedCausalLM(nn.Module):
         recompute: bool | None = None,
         on_device: bool = False,
         trunk: Trunk | None = None,
+        changing: Changing | None = None,
     ) -> Tensor:
         """The masked model's final read, before the norm, at packed tokens ``answers`` (no repeats): ``[N, d]``.
 
         ``skip_zeros`` leaves out what only masks of exactly 0 read, ``on_device`` what of that the device can find
-        alone, ``trunk`` keeps lower layers for later runs (see :class:`MaskedRun`); ``recompute`` overrides the
-        model's own.
+        alone, ``trunk`` keeps lower layers for later runs, ``changing`` names the tokens that can differ from the
+        ablated run (see :class:`MaskedRun`); ``recompute`` overrides the model's own.
         """
         anatomy = self.anatomy
         embeds = torch.stack(anatomy.embed(token_ids, packing.position_ids))
@@ -210,6 +212,7 @@ class MaskedCausalLM(nn.Module):
             self.backend,
             self.fused,
             trunk,
+            changing,
         )
         return run(product)
 

@@ -19,6 +19,7 @@ from fastcircuit.graph import Graph, Site
 from fastcircuit.models.active import Active
 from fastcircuit.models.alive import Alive
 from fastcircuit.models.anatomy import Anatomy, Attention, NoNorm, Norm
+from fastcircuit.models.changing import Changing
 from fastcircuit.models.components import AttentionRun, LayerRun, MlpRun
 from fastcircuit.models.inputs import FusedReads, Inputs, KeptReads
 from fastcircuit.models.packing import Packing
@@ -61,6 +62,8 @@ class MaskedRun:
         fused: read and normalise in one pass; None: where there is a kernel for it.
         trunk: keep the lower layers there, or start from those that are kept. (A run that starts from them has no
             backward.)
+        changing: the S tokens that can differ from the ablated run, the answers among them; the stream has those alone.
+            None: all of them, S is T.
     """
 
     anatomy: Anatomy
@@ -75,6 +78,7 @@ class MaskedRun:
     backend: str = "auto"
     fused: bool | None = None
     trunk: Trunk | None = None
+    changing: Changing | None = None
     active: Active = field(init=False)
     alive: Alive | None = field(init=False, default=None)
     stream: Tensor | None = field(init=False, default=None)
@@ -84,6 +88,10 @@ class MaskedRun:
     def __post_init__(self) -> None:
         positions = self.packing.position_ids
         self.rotary = None if self.anatomy.rotary is None else self.anatomy.rotary(positions)
+        self._changing_ablated, self._places = self.ablated, self.answers
+        if self.changing is not None:
+            self._changing_ablated = self.ablated.take(self.changing.tokens)
+            self._places = self.changing.places(self.answers)
 
     def __call__(self, mask: Tensor) -> Tensor:
         """Final read at the answers, ``[N, d]``, for the mask ``z_rj`` of every edge, ``[num_edges]``."""
@@ -94,7 +102,18 @@ class MaskedRun:
         """Whether blocks are recomputed in backward; decided by the size of all readers' inputs unless it was said."""
         if self.recompute is not None:
             return self.recompute
-        return recomputes_by_size(self.graph, self.embeds[0].numel() * self.embeds.element_size())
+        return recomputes_by_size(self.graph, self._num_tokens * self.embeds.shape[2] * self.embeds.element_size())
+
+    @property
+    def _num_tokens(self) -> int:
+        """S: rows of the stream have so many tokens."""
+        return self.embeds.shape[1] if self.changing is None else len(self.changing.tokens)
+
+    def _at_changing(self, values: Tensor) -> Tensor:
+        """``[..., T, d]`` at the tokens that can change, ``[..., S, d]``; an axis of size 1 holds for every token."""
+        if self.changing is None or values.shape[-2] == 1:
+            return values
+        return values.index_select(-2, self.changing.tokens)
 
     def forward(self, mask: Tensor, keep_graphs: bool) -> Tensor:
         if self.fused is None:
@@ -102,15 +121,15 @@ class MaskedRun:
         self.active = self._find_active(mask)
         if self.skip_zeros and self.on_device and self.fused:
             self.alive = Alive(self.graph, mask, self.backend)
-        _, tokens, width = self.embeds.shape
         below_top = self.active.row(self.graph.head_writer(self.graph.num_layers - 1))
-        self.stream = POOL.empty((below_top, tokens, width), self.embeds)
+        self.stream = POOL.empty((below_top, self._num_tokens, self.embeds.shape[2]), self.embeds)
         first, base = self._start()
         bases = [base]
         for layer in range(first, self.graph.num_layers - 1):
-            run = LayerRun(base, self._ablated_heads(layer, self.ablated))
-            self._run_layer(layer, run, mask, self.ablated, keep_graphs)
-            base = base + run.written + self.ablated.mlps[layer]
+            written = self._ablated_heads(layer, self.ablated)
+            run = LayerRun(self._at_changing(base), self._at_changing(written), self._at_others(base))
+            self._run_layer(layer, run, mask, self._changing_ablated, keep_graphs)
+            base = base + written + self.ablated.mlps[layer]
             bases.append(base)
             self._layers.append(run)
             if not keep_graphs:
@@ -137,6 +156,10 @@ class MaskedRun:
         self.stream = self._top = None
         return grad_mask
 
+    def _at_others(self, base: Tensor) -> Tensor | None:
+        """A base ``[T, d]`` at the tokens that cannot change, ``[T - S, d]``; None when all can."""
+        return None if self.changing is None else base.index_select(0, self.changing.others)
+
     def _find_active(self, mask: Tensor) -> Active:
         """What has to be computed; from a trunk on, what it had to."""
         if self.trunk is not None and self.trunk.layer is not None:
@@ -146,7 +169,7 @@ class MaskedRun:
         return Active(self.graph, on, mask.device)
 
     def _start(self) -> tuple[int, Tensor]:
-        """The first layer to run, with the rows below it written, and its base ``[T, d]``."""
+        """The first layer to run, with the rows below it written, and its base ``[T, d]``, at every token."""
         if self.trunk is None or self.trunk.layer is None:
             return 0, self._write_embeddings()
         layer = self.trunk.layer
@@ -156,14 +179,16 @@ class MaskedRun:
     def _write_embeddings(self) -> Tensor:
         """Write the embedding rows; returns the first base, ``[T, d]``."""
         clean, ablated = self.embeds, self.ablated.embeds.expand_as(self.embeds)
+        base = ablated.sum(0)
         if self.graph.embedding_nodes == "none":
             return clean.sum(0)
         if self.graph.embedding_nodes == "joint":
-            clean, ablated = clean.sum(0, keepdim=True), ablated.sum(0, keepdim=True)
+            clean, ablated = clean.sum(0, keepdim=True), base[None]
+        clean, ablated = self._at_changing(clean), self._at_changing(ablated)
         for writer in range(clean.shape[0]):
             if self.active.is_live(writer):
                 torch.sub(clean[writer], ablated[writer], out=self._row(self.stream, writer))
-        return ablated.sum(0)
+        return base
 
     def _run_layer(self, layer: int, run: LayerRun, mask: Tensor, ablated: States | None, keep_graphs: bool) -> None:
         """Run a layer's live parts, and write their rows; without ``ablated`` those are written already.
@@ -216,9 +241,9 @@ class MaskedRun:
         assert self.stream is not None
         ablated, answers = self.ablated.last_layer(self.answers), self.answers
         at_answers = base.index_select(0, answers) + self._ablated_heads(self.graph.num_layers - 1, ablated)
-        run = LayerRun(base, at_answers)
+        run = LayerRun(self._at_changing(base), at_answers, self._at_others(base))
         self._top = self.stream.new_empty(self.active.num_writers, len(answers), self.stream.shape[2])
-        torch.index_select(self.stream, 1, answers, out=self._top[: len(self.stream)])
+        torch.index_select(self.stream, 1, self._places, out=self._top[: len(self.stream)])
         self._run_top(run, mask, ablated, keep_graphs)
         self._layers.append(run)
         if not keep_graphs:
@@ -237,7 +262,7 @@ class MaskedRun:
             run.attention = self._attention(layer, run, self.stream, weights)
             out = run.attention.forward(keep_graphs)
             if ablated is not None:
-                out = out.index_select(0, self.answers)
+                out = out.index_select(0, self._places)
                 self._write_heads(layer, out, ablated, self._head_rows(self._top, layer))
         if active.is_live(graph.mlp_writer(layer)):
             site, block = graph.mlp_site(layer), self.anatomy.blocks[layer]
@@ -261,11 +286,11 @@ class MaskedRun:
             grad = run.mlp.backward(self._row(grad_top, self.graph.mlp_writer(layer)))
             site, lists = self.graph.mlp_site(layer), [run.mlp.inputs.live]
             self._backward_site(site, mask, [grad], lists, top, grad_top, grad_mask)
-        grad_stream.index_copy_(1, self.answers, grad_top[: len(grad_stream)])
+        grad_stream.index_copy_(1, self._places, grad_top[: len(grad_stream)])
         if run.attention is not None:
             grad_answers = self._grad_heads_out(layer, self._head_rows(grad_top, layer))
             grad_out = grad_answers.new_zeros(grad_stream.shape[1], grad_answers.shape[1])
-            grad_out.index_copy_(0, self.answers, grad_answers)
+            grad_out.index_copy_(0, self._places, grad_answers)
             grad_reads, lists = run.attention.backward(grad_out), [inputs.live for inputs in run.attention.inputs]
             site = self.graph.attention_site(layer)
             self._backward_site(site, mask, grad_reads, lists, self.stream, grad_stream, grad_mask)
@@ -329,9 +354,17 @@ class MaskedRun:
             attention = attention.take(live, groups)
 
         heads, causal = None if self.alive is None else self.alive.heads(layer), self.anatomy.causal
+        changing = self.changing
+        fixed = None
+        if changing is not None:
+            assert run.fixed_base is not None
+            fixed = changing.fixed_keys_values(attention, run.fixed_base)
 
         def attends(projected: tuple[Tensor, ...]) -> Tensor:
-            return attend(attention, projected, self.rotary, self.packing, causal, head_to_kv, heads, self.backend)
+            if changing is not None and fixed is not None:
+                projected = changing.everywhere(projected, fixed)
+            out = attend(attention, projected, self.rotary, self.packing, causal, head_to_kv, heads, self.backend)
+            return self._at_changing(out)
 
         inputs = self._attention_inputs(layer, attention, run.base, stream, weights, plain)
         return AttentionRun(attention, attends, inputs)
