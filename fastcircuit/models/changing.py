@@ -1,8 +1,8 @@
 """The tokens of a batch that can differ from the ablated run, and what the others still contribute.
 
-Up to the first token at which a clean prompt and its corrupted one differ, a causal model writes the same in both runs:
-there ``D`` is exactly 0 whatever the masks are, and every reader sees the ablated run. Nothing has to be read, masked or
-differentiated at such tokens; later ones only attend to them, to keys and values that do not depend on the masks.
+Up to the first token at which a clean prompt and its corrupted one differ, a causal model writes the same in both
+runs: there ``D`` is exactly 0 whatever the masks are, and every reader sees the ablated run. Nothing has to be read,
+masked or differentiated at such tokens; later ones only attend to them, to keys and values without masks.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Changing:
         return torch.searchsorted(self.tokens, tokens)
 
     def fixed_keys_values(self, attention: Attention, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[KV, T - S, d_head]`` of the other tokens, from what all readers see there, ``[T - S, d]``."""
+        """Keys and values of the other tokens, ``[KV, T - S, d_head]``, from what readers see there, ``[T - S, d]``."""
         x = attention.norm(base)[None]
         return attention.key(x), attention.value(x)
 

@@ -20,6 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_circuit import CircuitConfig
 
 Keep = int | Tensor
+# What Hugging Face calls the cache, in arguments and in outputs: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _MASKS: dict[str, Callable[..., Any]] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -90,7 +92,7 @@ class CircuitAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Any,
         position_embeddings: tuple[Tensor, Tensor] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         keep: Keep = 0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -98,8 +100,8 @@ class CircuitAttention(nn.Module):
         normed = self.norm(hidden_states)
         key = self._rotate(self._heads(self.k_proj(normed)), position_embeddings)
         value = self._heads(self.v_proj(normed))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         early = self._can_keep_early(attention_mask, keep, normed.shape[1], key.shape[2])
         if early:
@@ -202,36 +204,34 @@ class CircuitBlock(nn.Module):
         attention_mask: Any,
         position_ids: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         keep: Keep = 0,
         **kwargs: Any,
     ) -> Tensor:
         """The stream after this block, ``[B, K, d]``, at the positions ``keep``."""
         if not self.has_attention:
-            self._count_tokens(hidden_states, past_key_values)
+            self._count_tokens(hidden_states, cache)
             hidden_states, position_ids = keep_positions(hidden_states, keep), keep_positions(position_ids, keep)
         for part in self.parts:
             if isinstance(part, CircuitAttention):
-                written, _ = part(
-                    hidden_states, attention_mask, position_embeddings, past_key_values, keep=keep, **kwargs
-                )
+                written, _ = part(hidden_states, attention_mask, position_embeddings, cache, keep=keep, **kwargs)
                 hidden_states, position_ids = keep_positions(hidden_states, keep), keep_positions(position_ids, keep)
             else:
                 written = part(position_ids if isinstance(part, CircuitConstant) else hidden_states)
             hidden_states = hidden_states + written
         return hidden_states
 
-    def _count_tokens(self, hidden_states: Tensor, past_key_values: Cache | None) -> None:
-        if past_key_values is not None:
+    def _count_tokens(self, hidden_states: Tensor, cache: Cache | None) -> None:
+        if cache is not None:
             nothing = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            cache.update(nothing, nothing, self.layer_idx)
 
 
 class CircuitPreTrainedModel(PreTrainedModel):
     config_class = CircuitConfig
     base_model_prefix = "model"
     _no_split_modules = ["CircuitBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -273,6 +273,7 @@ class CircuitModel(CircuitPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: Keep = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The normed final stream.
@@ -283,6 +284,7 @@ class CircuitModel(CircuitPreTrainedModel):
             position_ids: ``[B, S]``; by default they count real tokens, so padding changes nothing.
             logits_to_keep: positions to compute to the end (see :func:`keep_positions`): in the last block only they
                 ask, and what comes after it sees only them.
+            cache: keys and values of earlier tokens; ``past_key_values`` is its name before transformers 5.24.
 
         Raises:
             ValueError: an input longer than the model's positions, or not exactly one kind of input.
@@ -290,13 +292,14 @@ class CircuitModel(CircuitPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _count_positions(hidden_states, attention_mask, past_key_values)
+            position_ids = _count_positions(hidden_states, attention_mask, cache)
         self._check_length(position_ids)
 
-        masks = self._masks(hidden_states, attention_mask, past_key_values, position_ids)
+        masks = self._masks(hidden_states, attention_mask, cache, position_ids)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -307,16 +310,15 @@ class CircuitModel(CircuitPreTrainedModel):
                 attention_mask=masks[layer_type],
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 keep=logits_to_keep if index == last else 0,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **kept)
 
     def _masks(
-        self, hidden_states: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor
+        self, hidden_states: Tensor, attention_mask: Any, cache: Cache | None, position_ids: Tensor
     ) -> dict[str, Any]:
         """One attention mask for each kind of layer there is; ``generate`` may have made them already."""
         if isinstance(attention_mask, dict):
@@ -326,8 +328,8 @@ class CircuitModel(CircuitPreTrainedModel):
                 config=self.config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
             for layer_type in dict.fromkeys(self.config.layer_types)
         }
@@ -341,12 +343,12 @@ class CircuitModel(CircuitPreTrainedModel):
             raise ValueError(f"the input has {tokens} tokens; this circuit takes at most {self.longest_input}")
 
 
-def _count_positions(hidden_states: Tensor, attention_mask: Any, past_key_values: Cache | None) -> Tensor:
+def _count_positions(hidden_states: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
     """Positions of the new tokens, ``[B or 1, S]``, counted from each row's first real token."""
     tokens = hidden_states.shape[1]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(tokens, device=hidden_states.device) + past).unsqueeze(0)
 
 
@@ -373,12 +375,13 @@ class CircuitForCausalLM(CircuitPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: Keep | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of an extracted circuit, ``[B, K, V]``; with ``config.answer_tokens``, ``[B, K, A]``.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache: as in
                 :meth:`CircuitModel.forward`.
             labels: ``[B, S]``, for the loss; logits of all positions of the whole vocabulary are needed.
             logits_to_keep: the last so many positions (0: all), or a 1-dimensional tensor of positions; by default all
@@ -393,7 +396,7 @@ class CircuitForCausalLM(CircuitPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=0 if every_layer else logits_to_keep,
@@ -404,12 +407,9 @@ class CircuitForCausalLM(CircuitPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        kept: dict[str, Any] = {CACHE: getattr(outputs, CACHE)}
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **kept
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

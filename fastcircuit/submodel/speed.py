@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.models.masked import first_line
+from fastcircuit.submodel.modeling_circuit import CACHE
 
 BATCHES = (1, 8, 32)
 DECODED = 8  # tokens decoded per round
@@ -198,12 +199,12 @@ def _compiled_decode(model: Any, ids: Tensor) -> Ready:
 
 def _decoding(model: Any, ids: Tensor, prompt: Cache, call: Callable[..., object]) -> Ready:
     with torch.no_grad():
-        model(input_ids=ids[:, :-DECODED], past_key_values=prompt, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, :-DECODED], use_cache=True, logits_to_keep=1, **{CACHE: prompt})
     steps = ids[:, -DECODED:].split(1, dim=1)
 
     def run(cache: Cache) -> None:
         for step in steps:
-            call(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            call(input_ids=step, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
     return lambda: functools.partial(run, copy.deepcopy(prompt))
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from fastcircuit.submodel.compile import compile_submodel
 from fastcircuit.submodel.kept import Constants
-from fastcircuit.submodel.modeling_circuit import CircuitMLP
+from fastcircuit.submodel.modeling_circuit import CACHE, CircuitMLP
 from tests.submodel.circuits import CIRCUITS, LENGTH, ZOO, ablated_logits, assert_same, load, token_ids
 
 TINY_ONES = ("gpt2", "llama-biases-head-dim", "mistral-window", "qwen2-mixed-window")
@@ -64,22 +64,24 @@ def test_generate_is_the_same_with_every_cache(submodel, beams):
 
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache])
-@pytest.mark.parametrize("pieces", [(4, 1, 1, 5), (1, 10), (11,)])
-def test_logits_with_a_cache_are_those_without(submodel, make_cache, pieces):
+@pytest.mark.parametrize(
+    ("pieces", "name"), [((4, 1, 1, 5), "cache"), ((1, 10), "past_key_values"), ((11,), "past_key_values")]
+)
+def test_logits_with_a_cache_are_those_without(submodel, make_cache, pieces, name):
     ids = token_ids(submodel)
     cache = DynamicCache(config=submodel.config)
     if make_cache is StaticCache:
         cache = StaticCache(config=submodel.config, max_cache_len=LENGTH + 2)
     logits, seen = [], 0
     for piece in pieces:
-        logits.append(submodel(ids[:, seen : seen + piece], past_key_values=cache, use_cache=True).logits)
+        logits.append(submodel(ids[:, seen : seen + piece], use_cache=True, **{name: cache}).logits)
         seen += piece
         assert int(cache.get_seq_length()) == seen
     assert_same(torch.cat(logits, dim=1), submodel(ids, use_cache=False).logits)
 
 
 def test_every_layer_of_the_cache_is_used(submodel):
-    cache = submodel(token_ids(submodel), use_cache=True).past_key_values
+    cache = getattr(submodel(token_ids(submodel), use_cache=True), CACHE)
     assert len(cache.layers) == submodel.config.num_hidden_layers == len(submodel.model.layers)
     assert all(layer.get_seq_length() == LENGTH for layer in cache.layers)
 

@@ -21,6 +21,7 @@ from fastcircuit.benchmarks.gate import model_terms, problem
 from fastcircuit.benchmarks.models import GPT2_SMALL, Shape, random_ids, random_model
 from fastcircuit.submodel.compile import compile_submodel
 from fastcircuit.submodel.kept import Constants, Kept
+from fastcircuit.submodel.modeling_circuit import CACHE
 from fastcircuit.submodel.speed import DECODED, work_of
 
 TOKENS = 16
@@ -133,11 +134,11 @@ def _decoding(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     cache = DynamicCache(config=model.config)
     prompt, steps = ids[:, :-DECODED], ids[:, -DECODED:].split(1, dim=1)
     with torch.no_grad():
-        model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{CACHE: cache})
 
     def call() -> Tensor:
         for step in steps:
-            logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits
         cache.crop(-DECODED)
         return logits
 
