@@ -64,6 +64,12 @@ def discover(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    both_directions: Annotated[
+        bool,
+        typer.Option(
+            "--both-directions", help="Edge Pruning: learn from every pair the other way round too, corrupted as clean."
+        ),
+    ] = False,
     preset: Annotated[str | None, typer.Option(help="Published hyperparameters of an experiment, e.g. ioi.")] = None,
     upstream_compat: Annotated[
         bool,
@@ -105,7 +111,7 @@ def discover(
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "warm_start": warm_start, "nodes": nodes}
     given |= {"threshold": threshold, "loss": loss, "ablation": ablation, "seed": seed}
     given |= {"most_examples": most_examples, "pruned": False if keep_dangling else None}
-    given["upstream_compat"] = upstream_compat or None
+    given |= {"upstream_compat": upstream_compat or None, "both_directions": both_directions or None}
     settings = settings_for(method, preset, {name: value for name, value in given.items() if value is not None})
     if method != "edge-pruning":
         only = {"--dry-run": dry_run, "--tensorboard": tensorboard, "--step": step != "auto"}
@@ -172,6 +178,7 @@ def _show_plan(
     """The plan of a run, from the model's configuration: no weights are read."""
     import torch
 
+    from fastcircuit.discovery.discovery import training_pairs
     from fastcircuit.discovery.planner import plan
     from fastcircuit.models.loading import choose_device, shapes_of_model
     from fastcircuit.report.tables import plan_table
@@ -180,7 +187,7 @@ def _show_plan(
     masked = shapes_of_model(model, dtype.value, embedding_nodes.value)
     pairs = load_task(model, masked, task, data, seed)
     choices = None if pairs.answer_tokens is None else len(pairs.answer_tokens)
-    found = plan(masked, pairs.split("train"), settings, place, choices, execution=execution).to_dict()
+    found = plan(masked, training_pairs(pairs, settings), settings, place, choices, execution=execution).to_dict()
     if as_json:
         print_json({"plan": found})
     else:

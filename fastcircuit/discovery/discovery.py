@@ -27,7 +27,7 @@ from fastcircuit.evaluation.reference import Reference
 from fastcircuit.files import write_atomically
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
-from fastcircuit.tasks.task import Task
+from fastcircuit.tasks.task import Examples, Task
 
 METHODS = ("edge-pruning", *baselines.METHODS)
 DEFAULT_SPARSITY = 0.95
@@ -125,7 +125,7 @@ def discover(
     settings = (settings or Settings()).changed(changes)
     num_edges = _edges_wanted(model, settings, sparsity, edges, kl_budget)
     ranking = None if resume else _warm_ranking(model, task, settings, on_progress)
-    train = task.split("train")
+    train = training_pairs(task, settings)
     choices = None if task.answer_tokens is None else len(task.answer_tokens)
     execution = planned(model, train, settings, execution or Execution(), choices, on_note)
     reference = Reference(model, train, settings.ablation, settings.output_bias, task.answer_tokens, on_note=on_note)
@@ -147,6 +147,12 @@ def discover(
         path.unlink(missing_ok=True)  # of an earlier run: should this one fail, it is not what was kept
     run.run(path, on_report=on_report)
     return _finish(run, task, num_edges, kl_budget, on_round)
+
+
+def training_pairs(task: Task, settings: Settings) -> Examples:
+    """What a run of Edge Pruning learns from."""
+    train = task.split("train")
+    return train.both_directions() if settings.both_directions else train
 
 
 def identity_of(model: MaskedCausalLM, task: Task) -> dict[str, Any]:

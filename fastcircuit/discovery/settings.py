@@ -48,6 +48,8 @@ class Settings:
         refine_cycles: how often that many edges are grown again and eliminated.
         refine_swaps: rounds of swaps after it, and again after joint moves, if any lowered the KL; 0: neither.
         ablation, output_bias: what a removed edge carries (see ``evaluation.reference``).
+        both_directions: train on every pair the other way round too, its corrupted prompt as the clean one. For
+            behaviours whose corrupted prompts are prompts of the same kind; the KL asks for no answers.
         upstream_compat: reproduce the published code's numerics, quirks included.
         seed: of everything random.
     """
@@ -75,6 +77,7 @@ class Settings:
     refine_swaps: int = 50
     ablation: Ablation = "interchange"
     output_bias: str = "split"
+    both_directions: bool = False
     upstream_compat: bool = False
     seed: int = 0
 
@@ -97,7 +100,16 @@ class Settings:
         ):
             if getattr(self, name) not in accepted:
                 raise InputError(f"{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+        self._check_directions()
         self._check_targets()
+
+    def _check_directions(self) -> None:
+        if self.both_directions and self.ablation != "interchange":
+            raise InputError(
+                f"both_directions is for interchange ablation, which has two prompts; ablation is {self.ablation!r}"
+            )
+        if self.both_directions and self.upstream_compat:
+            raise InputError("both_directions is not part of the published method; leave it out, or upstream_compat")
 
     def _check_targets(self) -> None:
         for name in ("edge_target", "node_target", "silent_node_target"):

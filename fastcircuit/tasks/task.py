@@ -142,6 +142,19 @@ class Examples:
             )
         return cls(*columns)
 
+    def both_directions(self) -> "Examples":
+        """Every row, and below it the same with clean and corrupted prompts, answers and distractors exchanged."""
+        exchanged = Examples(
+            self.corrupted_input_ids,
+            self.input_ids,
+            self.attention_mask,
+            self.answer_mask,
+            self.distractors,
+            self.answers,
+        )
+        columns = ((getattr(self, field.name), getattr(exchanged, field.name)) for field in fields(self))
+        return Examples(*(torch.stack(pair, dim=1).flatten(0, 1) for pair in columns))
+
     def select(self, rows: slice | Sequence[int] | Tensor) -> "Examples":
         """The given rows, trimmed to the longest of them. No rows gives no rows (and no columns)."""
         if not isinstance(rows, slice | Tensor):

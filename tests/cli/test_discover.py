@@ -135,6 +135,18 @@ BAD_CALLS = {
         "discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --out new --resume",
         "no checkpoint new/checkpoint.safetensors to resume from",
     ),
+    "both directions": (
+        "discover {shelf}/gpt2 --task pronoun --both-directions --ablation zero",
+        "both_directions is for interchange ablation",
+    ),
+    "both directions of a published run": (
+        "discover {shelf}/gpt2 --task pronoun --both-directions --upstream-compat",
+        "both_directions is not part of the published method",
+    ),
+    "both directions of an attribution": (
+        "discover {shelf}/gpt2 --task pronoun --method eap --both-directions",
+        "no setting 'both_directions'",
+    ),
     "step": ("discover {shelf}/gpt2 --task pronoun --step magic", "step is 'magic'; accepted: auto, dynamic"),
     "graph": ("discover {shelf}/gpt2 --data {shelf}/pairs.jsonl --step graph", "step 'graph' needs a CUDA device"),
     "micro-batch": ("discover {shelf}/gpt2 --task pronoun --micro-batch 0", "micro_batch is 0; it must be at least 1"),

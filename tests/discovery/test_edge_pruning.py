@@ -79,6 +79,20 @@ def test_sparsity_is_a_fraction_of_all_edges(model):
     assert found.circuit.num_edges == round(0.1 * model.graph.num_edges)
 
 
+def test_both_directions_learn_from_the_exchanged_pairs_too(model):
+    task = make_task()
+    train = task.split("train")
+    exchanged = dataclasses.replace(train, input_ids=train.corrupted_input_ids, corrupted_input_ids=train.input_ids)
+    rows = [[examples.select([row]) for examples in (train, exchanged)] for row in range(len(train))]
+    by_hand = dataclasses.replace(
+        task, splits={**task.splits, "train": Examples.concat([one for pair in rows for one in pair])}
+    )
+    found = discover(model, task, edges=40, settings=QUICK, both_directions=True)
+    assert torch.equal(found.masks.edge, discover(model, by_hand, edges=40, settings=QUICK).masks.edge)
+    assert not torch.equal(found.masks.edge, discover(model, task, edges=40, settings=QUICK).masks.edge)
+    assert found.circuit.provenance["settings"]["both_directions"] is True
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(model):
     task = make_task()
     first, again, other = (discover(model, task, edges=40, settings=QUICK, seed=seed) for seed in (5, 5, 6))

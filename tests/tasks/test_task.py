@@ -39,6 +39,15 @@ def test_select_keeps_order_repeats_and_nothing():
     assert len(examples.select([])) == 0
 
 
+def test_both_directions_exchange_prompts_and_answers():
+    both = Examples.from_pairs([SHORT, LONG]).both_directions()
+    assert both.input_ids.tolist() == [[1, 5, 0, 0], [1, 6, 0, 0], [1, 2, 3, 4], [1, 2, 9, 4]]
+    assert both.corrupted_input_ids.tolist() == [[1, 6, 0, 0], [1, 5, 0, 0], [1, 2, 9, 4], [1, 2, 3, 4]]
+    assert both.answers[:2].tolist() == [[-100, 7, -100, -100], [-100, 8, -100, -100]]
+    assert both.distractors[:2].tolist() == [[-100, 8, -100, -100], [-100, 7, -100, -100]]
+    assert both.answer_mask.sum(1).tolist() == [1, 1, 2, 2]
+
+
 def test_concat_pads_to_the_widest():
     both = Examples.concat([Examples.from_pairs([SHORT]), Examples.from_pairs([LONG])])
     whole = Examples.from_pairs([SHORT, LONG])
