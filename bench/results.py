@@ -2,13 +2,12 @@
 
 import csv
 import datetime
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastcircuit.benchmarks.environment import commit
+from fastcircuit.benchmarks.environment import commit, device_name
 
 DIRECTORY = Path(__file__).parent / "results"
 
@@ -34,7 +33,7 @@ def _about() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{device_name('cpu')} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -21,7 +21,9 @@ from fastcircuit.discovery.static_step import reasons_against
 from fastcircuit.errors import RunError
 from fastcircuit.evaluation.cache import Budgets, available_host_memory
 from fastcircuit.evaluation.metrics import kl_divergence
+from fastcircuit.evaluation.reference import LEAST_SHARED, shared_tokens
 from fastcircuit.masks import Masks
+from fastcircuit.models.changing import Changing
 from fastcircuit.models.loading import quiet
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.models.packing import SHORT, FixedPacking
@@ -166,6 +168,9 @@ class _Planner:
         self.model, self.settings, self.device = meta_twin(model), settings, device
         self.lengths, _ = examples.attention_mask.sum(1).sort(descending=True)
         self.counts, _ = examples.answer_mask.sum(1).sort(descending=True)
+        shared = shared_tokens(examples, settings.ablation == "interchange" and model.anatomy.causal)
+        self.shares = bool((shared >= LEAST_SHARED * examples.attention_mask.sum(1)).all())
+        self.changing, _ = (examples.attention_mask.sum(1) - shared).sort(descending=True)
         self.fixed = execution.choose_step(device, reasons_against(model, settings)) != "dynamic"
         self.vocabulary = answer_tokens or model.config.vocab_size
         loaded = model.device == device
@@ -188,10 +193,11 @@ class _Planner:
 
     def _plan(self, micro_batch: int, recompute: bool | None) -> Plan:
         bucket = largest_bucket(self.lengths, self.counts, micro_batch, self.fixed)
+        changing = bucket.tokens if self.fixed or not self.shares else int(self.changing[: bucket.rows].sum())
         if recompute is None:
-            read = bucket.tokens * self.model.config.hidden_size * self.model.dtype.itemsize
+            read = changing * self.model.config.hidden_size * self.model.dtype.itemsize
             recompute = recomputes_by_size(self.model.graph, read)
-        step = step_bytes(self.model, bucket, recompute, self.vocabulary, self.settings, self.device)
+        step = step_bytes(self.model, bucket, recompute, self.vocabulary, self.settings, self.device, changing)
         sizes = (self.weights, self.cache, self.learned, step, self.free)
         return Plan(str(self.device), micro_batch, recompute, bucket.tokens, *sizes)
 
@@ -225,12 +231,14 @@ def step_bytes(
     vocabulary: int,
     settings: Settings,
     device: torch.device,
+    changing: int | None = None,
 ) -> int:
     """The most bytes that the gradient of one micro-batch holds at once, counted on the meta device.
 
     Args:
         model: on the meta device.
         device: where it is to run, which decides which attention does.
+        changing: tokens that can differ from the ablated run; None: all.
     """
     meta = model.device
     model.fused = device.type == "cuda" and missing_reason("triton") is None
@@ -242,7 +250,13 @@ def step_bytes(
         mask = torch.empty(model.graph.num_edges, dtype=model.mask_dtype, device=meta, requires_grad=True)
         packing = _Planned(bucket, numbers, packed=bucket.longest <= SHORT and _attends_packed(model, device))
         ids = numbers["token_ids"]
-        read = model.final_read(ids, packing, states, Masks(mask), numbers["answers"], recompute=recompute)
+        some = None
+        if changing is not None and changing < tokens:
+            places = torch.arange(tokens, device=meta)
+            some = Changing(places[tokens - changing :], places[: tokens - changing])
+        read = model.final_read(
+            ids, packing, states, Masks(mask), numbers["answers"], recompute=recompute, changing=some
+        )
         if model.fused:
             torch.autograd.grad(_FusedDivergence.apply(model.anatomy.final_norm(read), vocabulary).sum(), mask)
             return bytes_now.peak

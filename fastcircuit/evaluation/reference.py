@@ -119,7 +119,7 @@ class Reference:
         )
         self.lengths = examples.attention_mask.sum(1)
         self.counts = examples.answer_mask.sum(1)
-        self.shared = _shared_tokens(examples, self.interchange and model.anatomy.causal)
+        self.shared = shared_tokens(examples, self.interchange and model.anatomy.causal)
         self.cache = self._cache(Budgets.default(model.device) if budgets is None else budgets, on_note)
 
     def __len__(self) -> int:
@@ -346,7 +346,7 @@ def _constant_states(
     return States(embeds, heads, mlps)
 
 
-def _shared_tokens(examples: Examples, any_shared: bool) -> Tensor:
+def shared_tokens(examples: Examples, any_shared: bool) -> Tensor:
     """How many tokens a clean prompt and its corrupted one begin with alike, up to the first answer, ``[N]``."""
     if not any_shared:
         return torch.zeros(len(examples), dtype=torch.int64)

@@ -46,8 +46,10 @@ def gpt2_of_full_width():
 
 
 MODELS = {
-    "gpt2 of full width": (gpt2_of_full_width, [40, 40]),
-    "stories260K": (lambda: load_model("stories260K"), [32, 25, 30, 28, 32, 20, 9, 31]),
+    # what: the model, the lengths of prompts, how many tokens of each are in both of a pair
+    "gpt2 of full width": (gpt2_of_full_width, [40, 40], 0),
+    "stories260K": (lambda: load_model("stories260K"), [32, 25, 30, 28, 32, 20, 9, 31], 0),
+    "prompts that begin alike": (gpt2_of_full_width, [40, 40], 28),
 }
 
 
@@ -55,9 +57,9 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_prediction_is_within_a_tenth_of_what_the_allocator_saw(name, recompute, monkeypatch):
     monkeypatch.setattr("fastcircuit.ops.recycling.LEAST_BYTES", 2**60)  # so that all memory is the allocator's
-    build, lengths = MODELS[name]
+    build, lengths, shared = MODELS[name]
     model, rows = build(), len(lengths)
-    examples = random_examples(lengths, model.config.vocab_size)
+    examples = random_examples(lengths, model.config.vocab_size, shared)
     settings = Settings(steps=9, batch_size=rows)
     run = EdgePruning(Reference(model, examples), 100, settings, execution=Execution("dynamic", recompute=recompute))
     run.step()
@@ -65,13 +67,19 @@ def test_the_prediction_is_within_a_tenth_of_what_the_allocator_saw(name, recomp
     measured = peak_of(lambda: run.stepper.compute(1, torch.arange(rows), rows, generator))
     counts = run.reference.counts
     bucket = largest_bucket(run.reference.lengths.sort(descending=True).values, counts, rows, fixed=False)
-    predicted = step_bytes(meta_twin(model), bucket, recompute, model.config.vocab_size, settings, CPU)
+    changing = sum(lengths) - rows * shared
+    predicted = step_bytes(meta_twin(model), bucket, recompute, model.config.vocab_size, settings, CPU, changing)
     assert predicted == pytest.approx(measured, rel=0.1)
+    free = {"free": 10**12, "budgets": Budgets(10**6, 0), "execution": Execution("dynamic", rows, recompute)}
+    assert plan(model, examples, settings, CPU, **free).step == predicted
 
 
-def random_examples(lengths, vocabulary):
+def random_examples(lengths, vocabulary, shared=0):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (2, length), generator=generator).tolist() for length in lengths]
+    for clean, corrupted in rows:
+        corrupted[:shared] = clean[:shared]
+        corrupted[shared] = (clean[shared] + 1) % vocabulary
     return Examples.from_pairs([Pair(tuple(a), tuple(b), (len(a) - 1,), (1,), (2,)) for a, b in rows])
 
 
