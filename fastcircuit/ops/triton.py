@@ -140,6 +140,15 @@ def live_writers(mask: Tensor, wanted: Tensor | None = None) -> Tensor:
     return kernels.live_writers(mask, None if wanted is None else wanted.contiguous())
 
 
+def live_product_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, alive: Tensor, zeros: bool) -> None:
+    """``x[g] @ weight[g] + bias[g]`` where ``alive[g]`` is not 0; elsewhere 0 with ``zeros``."""
+    from fastcircuit_kernels import live_product as kernels
+
+    x, bias = x if x.stride(2) == 1 else x.contiguous(), None if bias is None else bias.contiguous()
+    weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
+    kernels.live_product(out, x, weight, bias, alive.contiguous(), zeros, float32_precision())
+
+
 def hard_concrete(log_alpha: Tensor, seed: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
     """Samples, and the probability that each is not 0."""
     from fastcircuit_kernels import hard_concrete as kernels

@@ -17,7 +17,10 @@ USABLE = usable_backends()
 ROOT = Path(__file__).parents[2]
 TRITON_TESTS = {
     "reads": ["ops/test_masked_read.py", "ops/test_read_norm.py"],
-    "the rest": ["ops/test_packed_attention.py", "ops/test_hard_concrete.py", "ops/test_answer_kl.py"],
+    "the rest": [
+        *("ops/test_packed_attention.py", "ops/test_hard_concrete.py", "ops/test_answer_kl.py"),
+        "ops/test_live_product.py",
+    ],
     "a step": ["discovery/test_triton_step.py"],
     "a GPU's, in small": ["test_gpu.py"],
 }
