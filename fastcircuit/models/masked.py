@@ -73,6 +73,7 @@ class MaskedCausalLM(nn.Module):
         self.recompute = recompute
         self.backend = backend
         self.fused: bool | None = None  # as in MaskedRun
+        self.gated: bool | None = None  # as in MaskedRun
         self.name: str | None = model.config.name_or_path or None
         self._anatomy: tuple[tuple[int, torch.device, torch.dtype], Anatomy] | None = None
 
@@ -209,6 +210,7 @@ class MaskedCausalLM(nn.Module):
             on_device,
             self.backend,
             self.fused,
+            self.gated,
             trunk,
         )
         return run(product)
