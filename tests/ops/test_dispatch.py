@@ -10,6 +10,7 @@ import torch
 
 from fastcircuit.errors import InputError
 from fastcircuit.ops import available_backends, extension, masked_read, masked_read_backward_, unsupported_reasons
+from tests.interpreter import FAILS
 from tests.ops.conftest import usable_backends
 
 OPS = torch.ops.fastcircuit
@@ -167,4 +168,6 @@ def test_triton_kernels_in_the_interpreter(what):
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
+    if FAILS in run.stdout:
+        pytest.skip(FAILS)
     assert " passed" in run.stdout
