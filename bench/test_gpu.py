@@ -1,8 +1,13 @@
-"""masked_read and attention on a CUDA device: the Triton kernels beside what torch has, medians of device time."""
+"""masked_read, attention and products of live groups on a CUDA device: the Triton kernels beside what torch has.
+
+Medians of device time.
+"""
 
 import pytest
 import torch
 
+from bench.cases import gpu
+from bench.gpu_about import gpu_about
 from fastcircuit.benchmarks.suites import ops as case
 
 pytestmark = [
@@ -73,3 +78,25 @@ def test_attention(tokens, report_row):
         f"attention forward and backward, {rows} x {tokens} tokens, 12 heads of 64, bfloat16, CUDA",
         ", ".join(f"{name} {time:.3f} ms" for name, time in times.items()),
     )
+
+
+@pytest.mark.parametrize("name", gpu.PRODUCTS)
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
+def test_products_of_live_groups(name, precision, keep, report_row):
+    """Which products ask who is alive (``pays`` in fastcircuit/ops/live_product.py)."""
+    from triton.testing import do_bench
+
+    shape, dtype = gpu.PRODUCTS[name], torch.bfloat16 if precision == "bfloat16" else torch.float32
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        rows = gpu.product_times(shape, dtype, "cuda", lambda call: do_bench(call, return_mode="median"))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    for row in rows:
+        report_row(
+            f"product, {name}, {precision}, {row['direction']}",
+            f"torch {row['torch_ms']:.4f} ms; asking, with all, half, none alive: {row['all_ms']:.4f}, "
+            f"{row['half_ms']:.4f}, {row['none_ms']:.4f} ms; it {'is' if row['pays'] else 'is not'} taken",
+        )
+    keep("gpu_products", [{"product": name, "precision": precision, **row, **gpu_about()} for row in rows])

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+from tests.interpreter import interpreter_fails
+
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -14,6 +18,11 @@ if workers > 1:
 def pytest_collection_modifyitems(items):
     """Slow tests first: a worker that begins one last keeps the others waiting."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    reason = interpreter_fails()
+    if reason is not None:
+        for item in items:
+            if "triton" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 # A checkout that is not installed has kernels/ under its own name only.

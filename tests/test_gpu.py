@@ -20,6 +20,7 @@ from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.ops import (
     answer_kl,
     hard_concrete,
+    live_product,
     live_writers,
     masked_read,
     masked_read_backward_,
@@ -183,6 +184,28 @@ def test_triton_norm_of_reads(precision, tokens, centered):
 
 
 @needs_triton
+@pytest.mark.parametrize("by_column", [True, False])
+def test_triton_products_of_live_groups(precision, by_column):
+    dtype = PRECISIONS[precision]
+    groups, rows, inner, columns = sizes((12, 300, 768, 200), (3, 20, 40, 30))
+    x, weight, bias, grad = _drawn(
+        dtype, (groups, rows, inner), (groups, inner, columns), (groups, 1, columns), (groups, rows, columns)
+    )
+    weight = weight.mT.contiguous().mT if by_column else weight
+    alive = (torch.arange(groups, device=DEVICE) % 3 != 1).int()
+    x[1], weight[1], bias[1], grad[1] = (torch.nan,) * 4
+    on, leaf = alive != 0, x.requires_grad_()
+    out = live_product(leaf, weight, bias, alive, backend="triton")
+    (ours,) = torch.autograd.grad(out, leaf, grad)
+    wide = [tensor.detach().double()[on] for tensor in (x, weight, bias, grad)]
+    _assert_near(out[on], torch.baddbmm(wide[2], wide[0], wide[1]), precision)
+    _assert_near(ours[on], wide[3] @ wide[1].mT, precision)
+    for found in (out, ours):
+        assert not found[~on].any()
+    assert torch.equal(out, live_product(leaf, weight, bias, alive, backend="triton"))
+
+
+@needs_triton
 def test_triton_answers(precision):
     dtype = PRECISIONS[precision]
     rows, tokens = sizes((35, 1000), (5, 300))
@@ -281,8 +304,8 @@ RUNS = {
 }
 
 
-def cuda_run(name, changes=None, budgets=None, execution=None, dtype=torch.float32):
-    model = MaskedCausalLM(tiny_model(name, dtype).to("cuda"))
+def cuda_run(name, changes=None, budgets=None, execution=None, dtype=torch.float32, device="cuda"):
+    model = MaskedCausalLM(tiny_model(name, dtype).to(device))
     settings = dataclasses.replace(SETTINGS, **(changes or {}))
     reference = Reference(model, make_task().split("train"), settings.ablation, budgets=budgets)
     return EdgePruning(reference, 40, settings, execution=execution)
@@ -322,6 +345,37 @@ def test_a_recorded_run_is_the_dynamic_one(case):
         graphs = found.stepper._call._graphs
         assert graphs["begin"] is not None
         assert graphs["finish"] is not None
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device here")
+def test_a_run_on_the_second_device_is_that_of_the_first():
+    found, expected = (cuda_run("gpt2", execution=Execution("graph"), device=f"cuda:{i}") for i in (1, 0))
+    for run in (found, expected):
+        run.run()
+    assert_same_run(found, expected)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_products_that_are_left_out_change_nothing(name, monkeypatch):
+    """A recorded run is the dense one; and a step in bfloat16, bit for bit, the one that leaves out no product."""
+    few, runs = {"initial_log_alpha": -1.0}, []
+    for gated in (True, False):
+        runs.append(cuda_run(name, few, execution=Execution("graph")))
+        runs[-1].model.gated = gated
+        runs[-1].run()
+    assert_same_run(*runs)
+    launch, found = triton_launcher.live_product_, []
+    for of_all in (False, True):
+        if of_all:
+            every = lambda *args: launch(*args[:4], torch.ones_like(args[4]), args[5])  # noqa: E731
+            monkeypatch.setattr(triton_launcher, "live_product_", every)
+        run = cuda_run(name, few, execution=Execution("fixed"), dtype=torch.bfloat16)
+        run.model.gated = True
+        run.step()
+        found.append((run.stepper.static.kl, run.stepper.static.gradient))
+    for skipping, whole in zip(*found, strict=True):
+        assert torch.equal(skipping, whole)
 
 
 @needs_gpu

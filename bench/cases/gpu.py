@@ -20,6 +20,8 @@ from fastcircuit.discovery.execution import Execution
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.evaluation.reference import Reference
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.ops import live_product, live_product_
+from fastcircuit.ops.live_product import pays
 from fastcircuit.tasks.task import Task
 
 Step = Callable[[], object]
@@ -41,6 +43,36 @@ class LlamaShape:
 
 
 CODELLAMA_13B = LlamaShape()
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """``[tokens, inner] @ [inner, columns]`` of each group; ``by_column``: as a linear layer keeps its weights."""
+
+    groups: int
+    tokens: int
+    inner: int
+    columns: int
+    by_column: bool
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Of one group in half precision, everything moved once."""
+        numbers = self.tokens * self.inner + self.inner * self.columns + self.tokens * self.columns
+        return self.tokens * self.inner * self.columns / numbers
+
+
+PRODUCTS = {
+    "GPT-2 small, heads": ProductShape(12, 2048, 768, 64, False),
+    "GPT-2 small, outputs of heads": ProductShape(12, 2048, 64, 768, False),
+    "GPT-2 small, MLP up": ProductShape(1, 2048, 768, 3072, False),
+    "GPT-2 small, MLP down": ProductShape(1, 2048, 3072, 768, False),
+    "GPT-2 small, MLP up, 512 tokens": ProductShape(1, 512, 768, 3072, False),
+    "Llama 13B, heads": ProductShape(40, 256, 5120, 128, True),
+    "Llama 13B, outputs of heads": ProductShape(40, 256, 128, 5120, True),
+    "Llama 13B, MLP up": ProductShape(1, 256, 5120, 13824, True),
+    "Llama 13B, MLP down": ProductShape(1, 256, 13824, 5120, True),
+}
 
 
 def random_llama(shape: LlamaShape, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -106,6 +138,46 @@ def ceilings(device: str, size: int, repeats: int = 20) -> dict[str, float]:
     }
 
 
+def product_times(
+    shape: ProductShape, dtype: torch.dtype, device: str, clock: Callable[[Step], float]
+) -> list[dict[str, object]]:
+    """Forward and backward of a product with its operands as the static step has them: torch's, which does all groups,
+    and :func:`live_product` with all of them alive, every second one and none. Both are compared first.
+
+    Args:
+        clock: how long a call takes, in milliseconds.
+    """
+    draw = lambda *size: torch.randn(size, device=device).to(dtype)  # noqa: E731
+    groups, tokens, inner, columns = shape.groups, shape.tokens, shape.inner, shape.columns
+    x, grad, bias = draw(groups, tokens, inner), draw(groups, tokens, columns), draw(groups, 1, columns)
+    weight = draw(groups, columns, inner).mT if shape.by_column else draw(groups, inner, columns)
+    back, out, grad_x = weight.mT, torch.empty_like(grad), torch.empty_like(x)
+    every = torch.ones(groups, dtype=torch.int32, device=device)
+    flags = {"all": every, "half": (torch.arange(groups, device=device) % 2).int(), "none": torch.zeros_like(every)}
+
+    def gated(direction: str, alive: Tensor) -> None:
+        if direction == "forward":
+            live_product_(out, x, weight, bias, alive, zeros=False)
+        else:
+            live_product_(grad_x, grad, back, None, alive, zeros=False)
+
+    dense: dict[str, Step] = {
+        "forward": lambda: torch.baddbmm(bias, x, weight, out=out),
+        "backward": lambda: torch.bmm(grad, back, out=grad_x),
+    }
+    ours, plain = live_product(x, weight, bias, every), torch.baddbmm(bias, x, weight)
+    # TF32 or bfloat16, whichever is less exact: eight bits.
+    assert (ours - plain).norm() <= 2**-7 * plain.norm()
+    rows = []
+    for direction, call in dense.items():
+        times = {"torch": clock(call)}
+        for name, alive in flags.items():
+            times[name] = clock(lambda d=direction, a=alive: gated(d, a))
+        about = {"direction": direction, "flops_per_byte": shape.flops_per_byte, "pays": pays(x, weight)}
+        rows.append({**about, **{f"{name}_ms": time for name, time in times.items()}})
+    return rows
+
+
 def run_of(masked: MaskedCausalLM, shape: Shape, execution: Execution, log_alpha: float = 10.0) -> EdgePruning:
     """A run of which steps can be timed; at a log-alpha of 10 every mask is on and nothing can be skipped."""
     settings = Settings(
@@ -146,9 +218,16 @@ def published_step(model: object, shape: Shape, device: str) -> Step:
     return lambda: published.training_step(batch)
 
 
-def step_at_sparsities(model: object, shape: Shape, device: str, log_alphas: list[float], repeats: int) -> list[dict]:
-    """Time of our step with masks that are on with less and less probability."""
+def step_at_sparsities(
+    model: object, shape: Shape, device: str, log_alphas: list[float], repeats: int, gated: bool | None = None
+) -> list[dict]:
+    """Time of our step with masks that are on with less and less probability.
+
+    Args:
+        gated: whether products of what is dead are left out; None: where it pays.
+    """
     masked, rows = MaskedCausalLM(model), []
+    masked.gated = gated
     for log_alpha in log_alphas:
         run = run_of(masked, shape, Execution(), log_alpha)
         took = milliseconds(run.step, device, repeats)

@@ -16,6 +16,7 @@ MAIN = (
     "answer_kl bfloat16",
     "read_norm bfloat16 37",
     "packed_attention bfloat16 64 skipping",
+    "live_product GPT-2 small bfloat16",
 )
 
 
@@ -32,6 +33,7 @@ def calls(hip: bool) -> dict[str, Callable[[], Any]]:
         **_answer_kl(hip),
         **_read_norm(hip),
         **_packed_attention(),
+        **_live_product(hip),
     }
 
 
@@ -196,3 +198,38 @@ def _packed_attention() -> dict[str, Callable[[], Any]]:
         "packed_attention bfloat16 64, 16 tokens": lambda: call(half, 64, longest=16),
         "packed_attention float16": lambda: call(torch.float16, 64),
     }
+
+
+def _live_product(hip: bool) -> dict[str, Callable[[], Any]]:
+    from fastcircuit_kernels.live_product import live_product
+
+    def call(
+        groups: int, inner: int, columns: int, dtype: torch.dtype, precision: str, by_column: bool, tokens: int
+    ) -> None:
+        """Forward with a bias, then backward: the other layout of the weights, none."""
+        x, out, alive = (
+            _meta(groups, tokens, inner, dtype=dtype),
+            _meta(groups, tokens, columns, dtype=dtype),
+            _meta(groups, dtype=torch.int32),
+        )
+        weight, bias = _meta(groups, inner, columns, dtype=dtype), _meta(groups, 1, columns, dtype=dtype)
+        if by_column:
+            weight = _meta(groups, columns, inner, dtype=dtype).transpose(1, 2)
+        live_product(out, x, weight, None if by_column else bias, alive, False, precision)
+        live_product(x, out, weight.transpose(1, 2), None, alive, True, precision)
+
+    def layer(heads: int, head: int, mlp: int, width: int, tokens: int, llama: bool, dtype: torch.dtype, p: str):
+        """Its heads' projections and output projections, both products of its MLP; the last layer's has few tokens."""
+        for groups, inner, columns in ((heads, width, head), (heads, head, width), (1, width, mlp), (1, mlp, width)):
+            call(groups, inner, columns, dtype, p, llama, tokens)
+        call(1, width, mlp, dtype, p, llama, 32)
+
+    small, large = (12, 64, 3072, WIDTH, TOKENS, False), (40, 128, 13824, 5120, 256, True)
+    found = {}
+    for name, shape in (("GPT-2 small", small), ("Llama 13B", large)):
+        for dtype in (torch.bfloat16, torch.float16):
+            found[f"live_product {name} {str(dtype)[6:]}"] = lambda s=shape, d=dtype: layer(*s, d, "ieee")
+        for precision in _precisions(hip):
+            found[f"live_product {name} {precision}"] = lambda s=shape, p=precision: layer(*s, torch.float32, p)
+    found["live_product float64"] = lambda: call(2, 24, 32, torch.float64, "ieee", False, 20)
+    return found

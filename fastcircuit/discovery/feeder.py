@@ -51,8 +51,9 @@ class Feeder:
 
     def __init__(self, reference: Reference, rows: int) -> None:
         self.reference, self.rows = reference, rows
-        self.cuda = reference.model.device.type == "cuda"
-        self._stream = torch.cuda.Stream(reference.model.device) if self.cuda else None
+        self.device = reference.model.device
+        self.cuda = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if self.cuda else None
         self._rings: dict[Bucket, _Ring] = {}
 
     def prepare(self, indices: Tensor, num_examples: int) -> Prepared:
@@ -64,7 +65,7 @@ class Feeder:
         if not cache.is_on_device(indices):
             if slot.log_probs is None:
                 slot.rows, slot.log_probs = cache.empty(bucket.tokens, bucket.answers)
-                self._wait(self._stream, torch.cuda.current_stream() if self.cuda else None)
+                self._wait(self._stream, torch.cuda.current_stream(self.device) if self.cuda else None)
             with self._copying():
                 cache.copy(indices, slot.rows, slot.log_probs)
                 self._repeat_first(indices, slot)
@@ -81,13 +82,13 @@ class Feeder:
             cache.gather(parts["token_rows"], parts["answer_rows"], inputs.rows, inputs.log_probs)
         else:
             if slot.filled is not None:
-                torch.cuda.current_stream().wait_event(slot.filled)
+                torch.cuda.current_stream(self.device).wait_event(slot.filled)
             assert slot.log_probs is not None
             inputs.log_probs.copy_(slot.log_probs)
             if inputs.rows is not None and slot.rows is not None:
                 inputs.rows.copy_(slot.rows)
         if self.cuda:
-            slot.emptied = torch.cuda.current_stream().record_event()
+            slot.emptied = torch.cuda.current_stream(self.device).record_event()
 
     def _next_slot(self, bucket: Bucket) -> _Slot:
         ring = self._rings.setdefault(bucket, _Ring())

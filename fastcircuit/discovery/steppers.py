@@ -144,7 +144,7 @@ class FixedStepper:
         if self.graphs:
             from fastcircuit.discovery.cuda_graphs import Recorder
 
-            self._call = Recorder()
+            self._call = Recorder(self.static.model.device)
 
     def compute(self, step: int, indices: Tensor, micro_batch: int, generator: torch.Generator) -> None:
         """Sample masks, and leave the gradient by every edge's mask in the static step."""

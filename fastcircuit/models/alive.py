@@ -1,8 +1,9 @@
 """What has to be computed when many masks are exactly 0, as the device alone knows it: shapes stay, programs end early.
 
 A head or MLP that no mask other than 0 reads is not alive: nothing reads its row of the stream, so that row, what its
-readers see and the gradients of that may hold anything. Its reads and its attention are left out; its projections, and
-an MLP itself, are torch's and work on whatever is there. What leads to such components alone is found before, by
+readers see and the gradients of that may hold anything. Its reads and its attention are left out, and its products
+where that pays (see :func:`fastcircuit.ops.live_product.pays`); other products, and what is done number by number, are
+torch's and work on whatever is there. What leads to such components alone is found before, by
 :func:`fastcircuit.masks.without_dead_ends`.
 """
 

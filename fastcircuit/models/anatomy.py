@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcircuit import ops
+from fastcircuit.models.gate import Gate, product_
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,19 @@ class Projection:
         place = slice(head, head + 1)
         return Projection(self.weight[place], None if self.bias is None else self.bias[place])
 
-    def backward(self, grad: Tensor, grad_x: Tensor) -> None:
+    def backward(self, grad: Tensor, grad_x: Tensor, gate: Gate | None = None) -> None:
         """Write the gradient of ``x`` ``[heads, T, d]`` into ``grad_x``, given that of the result."""
-        torch.bmm(grad, self.weight.transpose(1, 2), out=grad_x)
+        product_(grad_x, grad, self.weight.transpose(1, 2), gate)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[heads, T, d] -> [heads, T, d_head]``; ``x`` may be ``[1, T, d]`` when every head reads the same."""
+    def __call__(self, x: Tensor, gate: Gate | None = None) -> Tensor:
+        """``[heads, T, d] -> [heads, T, d_head]``; ``x`` may be ``[1, T, d]`` when every head reads the same.
+
+        Results and gradients of heads that the gate leaves out may hold anything.
+        """
         if x.shape[0] == 1 and self.heads > 1:
             x = x.expand(self.heads, -1, -1)
+        if gate is not None and gate.closes(x, self.weight):
+            return ops.live_product(x, self.weight, self.bias, gate.alive, zeros=False, backend=gate.backend)
         if self.bias is None:
             return torch.bmm(x, self.weight)
         return torch.baddbmm(self.bias, x, self.weight)
@@ -125,12 +131,38 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """``out(act(first(x)))``, or ``out(act(first(x)) * second(x))``.
+
+    Args:
+        whole: all of it, as the model computes it, ``[..., d] -> [..., d]``.
+        act: applied number by number.
+        first, out, second: its matrices, as projections of one head.
+    """
+
+    whole: Callable[[Tensor], Tensor]
+    act: Callable[[Tensor], Tensor]
+    first: Projection
+    out: Projection
+    second: Projection | None = None
+
+    def __call__(self, x: Tensor, gate: Gate | None = None) -> Tensor:
+        """What it writes; with a gate ``[T, d] -> [T, d]``, and anything if the gate leaves it out."""
+        if gate is None or not gate.closes(x[None], self.first.weight):
+            return self.whole(x)
+        hidden = self.act(self.first(x[None], gate))
+        if self.second is not None:
+            hidden = hidden * self.second(x[None], gate)
+        return self.out(hidden, gate)[0]
+
+
+@dataclass(frozen=True)
 class Block:
     """Attention, then an MLP (with the norm in front of it) that also reads the attention of its own block."""
 
     attention: Attention
     mlp_norm: Norm | NoNorm
-    mlp: Callable[[Tensor], Tensor]
+    mlp: Mlp
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,10 @@ class MlpRun:
         """What the MLP writes, ``[T, d]``."""
         normed = self.inputs.forward()[0]
         if not keep_graph:
-            return self.block.mlp(normed)
+            return self.block.mlp(normed, self.inputs.gate)
         with torch.enable_grad():
             self._normed = normed.requires_grad_()
-            self._out = self.block.mlp(self._normed)
+            self._out = self.block.mlp(self._normed, self.inputs.gate)
         return self._out.detach()
 
     def backward(self, grad_out: Tensor) -> Tensor:

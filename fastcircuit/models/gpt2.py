@@ -1,13 +1,12 @@
 """GPT-2: learned positions, LayerNorm, fused q/k/v in a transposed linear layer."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from fastcircuit.errors import InputError
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, Projection, layer_norm
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, Projection, layer_norm
 
 
 def gpt2(model: Any) -> Anatomy:
@@ -48,7 +47,8 @@ def _block(block: Any) -> Block:
     )
 
 
-def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
+def _mlp(mlp: Any) -> Mlp:
     """The block's MLP; GPT-2's own activation, written out in Hugging Face, as the one operation it is."""
     act = nn.GELU(approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act
-    return lambda x: mlp.c_proj(act(mlp.c_fc(x)))
+    first, out = (Projection(layer.weight[None], layer.bias[None, None]) for layer in (mlp.c_fc, mlp.c_proj))
+    return Mlp(lambda x: mlp.c_proj(act(mlp.c_fc(x))), act, first, out)

@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fastcircuit.models.anatomy import NoNorm, Norm, Projection
+from fastcircuit.models.gate import Gate
 from fastcircuit.ops import norm_projection, norm_projection_grad_, read_norm, read_norm_grad
 from fastcircuit.ops.backends import is_compiled
 
@@ -25,12 +26,14 @@ class KeptReads:
         reads: ``[readers, T, d]``; ``[1, T, d]`` when all readers see the same.
         plain: readers whose norm comes later, if there is one.
         live: what was read (see :func:`fastcircuit.ops.live_writers`); None: everything.
+        gate: the readers that are alive; None: all are.
     """
 
     norm: Norm | NoNorm
     reads: Tensor
     plain: int = 0
     live: Tensor | None = None
+    gate: Gate | None = None
     _fused: bool = field(init=False, default=False)
 
     def forward(self) -> Tensor:
@@ -52,7 +55,7 @@ class KeptReads:
         norm = self.norm
         self._fused = self._fuses(projections)
         if not self._fused:
-            return _project(self.forward(), projections)
+            return _project(self.forward(), projections, self.gate)
         assert isinstance(norm, Norm)
         return tuple(
             norm_projection(x, norm.weight, norm.bias, norm.eps, to.weight, to.bias, centered=norm.centered)
@@ -67,7 +70,7 @@ class KeptReads:
         """
         norm = self.norm
         if not self._fused:
-            _project_backward(projections, grads, grad)
+            _project_backward(projections, grads, grad, self.gate)
             return self.backward_(grad)
         assert isinstance(norm, Norm)
         shares = zip(_shares(self._normed, projections), _shares(grad, projections), grads, strict=True)
@@ -91,7 +94,7 @@ class FusedReads:
     """Reads of ``stream`` ``[w, T, d]`` through ``weights`` ``[readers, w]``, normalised as they are made.
 
     Args:
-        norm, plain: as in :class:`KeptReads`.
+        norm, plain, gate: as in :class:`KeptReads`.
         live: what is read (see :func:`fastcircuit.ops.live_writers`); None: everything.
     """
 
@@ -101,6 +104,7 @@ class FusedReads:
     base: Tensor
     plain: int = 0
     live: Tensor | None = None
+    gate: Gate | None = None
     backend: str = "auto"
     _stats: Tensor | None = field(init=False, default=None)
     _rest: Tensor | None = field(init=False, default=None)
@@ -131,11 +135,11 @@ class FusedReads:
 
     def project(self, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
         """As of :class:`KeptReads`."""
-        return _project(self.forward(), projections)
+        return _project(self.forward(), projections, self.gate)
 
     def project_backward(self, projections: Sequence[Projection], grads: Sequence[Tensor], grad: Tensor) -> Tensor:
         """As of :class:`KeptReads`."""
-        _project_backward(projections, grads, grad)
+        _project_backward(projections, grads, grad, self.gate)
         return self.backward_(grad)
 
     def backward_(self, grad: Tensor) -> Tensor:
@@ -164,14 +168,26 @@ def _shares(readers: Tensor, projections: Sequence[Projection]) -> list[tuple[Te
     return list(zip(readers[: sum(heads)].split(heads), projections, strict=True))
 
 
-def _project(normed: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+def _gates(gate: Gate | None, projections: Sequence[Projection]) -> Sequence[Gate | None]:
+    """Each projection's own part of a gate of readers."""
+    if gate is None:
+        return [None] * len(projections)
+    return gate.split([projection.heads for projection in projections])
+
+
+def _project(normed: Tensor, projections: Sequence[Projection], gate: Gate | None) -> tuple[Tensor, ...]:
     """Per-head inputs ``[heads, T, d]``, or one for all, to ``[heads, T, d_head]`` of each of the projections."""
+    gates = _gates(gate, projections)
     if normed.shape[0] == 1:
-        return tuple(projection(normed) for projection in projections)
-    return tuple(projection(part) for part, projection in _shares(normed, projections))
+        return tuple(projection(normed, own) for projection, own in zip(projections, gates, strict=True))
+    shares = zip(_shares(normed, projections), gates, strict=True)
+    return tuple(projection(part, own) for (part, projection), own in shares)
 
 
-def _project_backward(projections: Sequence[Projection], grads: Sequence[Tensor], grad: Tensor) -> None:
+def _project_backward(
+    projections: Sequence[Projection], grads: Sequence[Tensor], grad: Tensor, gate: Gate | None
+) -> None:
     """Write the gradient of what was projected into the first rows of ``grad``."""
-    for (out, projection), of_projected in zip(_shares(grad, projections), grads, strict=True):
-        projection.backward(of_projected, out)
+    shares = zip(_shares(grad, projections), grads, _gates(gate, projections), strict=True)
+    for (out, projection), of_projected, own in shares:
+        projection.backward(of_projected, out, own)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, linear_heads, linear_output, rms_norm
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, linear_heads, linear_output, rms_norm
 
 
 def llama(model: Any, windows: Sequence[int | None] | None = None) -> Anatomy:
@@ -35,6 +35,7 @@ def llama(model: Any, windows: Sequence[int | None] | None = None) -> Anatomy:
 
 
 def _block(layer: Any, window: int | None) -> Block:
+    mlp = layer.mlp
     attention, norm, mlp_norm = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
     heads = attention.config.num_attention_heads
     kv_heads = attention.config.num_key_value_heads
@@ -50,5 +51,11 @@ def _block(layer: Any, window: int | None) -> Block:
             window=window,
         ),
         mlp_norm=rms_norm(mlp_norm.weight, mlp_norm.variance_epsilon),
-        mlp=layer.mlp,
+        mlp=Mlp(
+            whole=mlp,
+            act=mlp.act_fn,
+            first=linear_heads(mlp.gate_proj, 1),
+            out=linear_heads(mlp.down_proj, 1),
+            second=linear_heads(mlp.up_proj, 1),
+        ),
     )

@@ -74,6 +74,7 @@ class MaskedCausalLM(nn.Module):
         self.recompute = recompute
         self.backend = backend
         self.fused: bool | None = None  # as in MaskedRun
+        self.gated: bool | None = None  # as in MaskedRun
         self.name: str | None = model.config.name_or_path or None
         self._anatomy: tuple[tuple[int, torch.device, torch.dtype], Anatomy] | None = None
 
@@ -211,6 +212,7 @@ class MaskedCausalLM(nn.Module):
             on_device,
             self.backend,
             self.fused,
+            self.gated,
             trunk,
             changing,
         )

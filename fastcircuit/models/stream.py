@@ -21,6 +21,7 @@ from fastcircuit.models.alive import Alive
 from fastcircuit.models.anatomy import Anatomy, Attention, NoNorm, Norm
 from fastcircuit.models.changing import Changing
 from fastcircuit.models.components import AttentionRun, LayerRun, MlpRun
+from fastcircuit.models.gate import Gate, product_
 from fastcircuit.models.inputs import FusedReads, Inputs, KeptReads
 from fastcircuit.models.packing import Packing
 from fastcircuit.models.states import States, attend, output_projection
@@ -56,10 +57,11 @@ class MaskedRun:
         skip_zeros: leave out writers that reach the output through masks of exactly 0 only. The logits do not change;
             the gradient of a mask that is exactly 0 may be reported as 0, as a clamped hard-concrete sample's is.
         on_device: with ``skip_zeros``, find out what to leave out without the host, so that shapes and launches stay
-            the same: rows of the stream, reads and attention are, projections and MLPs are not, and only where
-            ``fused``.
+            the same; only where ``fused``.
         backend: which kernels to use.
         fused: read and normalise in one pass; None: where there is a kernel for it.
+        gated: with ``on_device``, whether projections of heads and MLPs are left out as well; None: where that pays
+            (see :func:`fastcircuit.ops.live_product.pays`).
         trunk: keep the lower layers there, or start from those that are kept. (A run that starts from them has no
             backward.)
         changing: the S tokens that can differ from the ablated run, the answers among them; the stream has those alone.
@@ -77,6 +79,7 @@ class MaskedRun:
     on_device: bool = False
     backend: str = "auto"
     fused: bool | None = None
+    gated: bool | None = None
     trunk: Trunk | None = None
     changing: Changing | None = None
     active: Active = field(init=False)
@@ -325,9 +328,18 @@ class MaskedRun:
     def _read(
         self, norm: Norm | NoNorm, stream: Tensor, weights: Tensor, base: Tensor, plain: int, live: Tensor | None
     ) -> Inputs:
+        gate = None if live is None else self._gate(live[2 + weights.shape[1] :])
         if self.fused and isinstance(norm, Norm):
-            return FusedReads(norm, stream, weights, base, plain, live, self.backend)
-        return KeptReads(norm, masked_read(stream, weights, base, live=live, backend=self.backend), plain, live)
+            return FusedReads(norm, stream, weights, base, plain, live, gate, self.backend)
+        return KeptReads(norm, masked_read(stream, weights, base, live=live, backend=self.backend), plain, live, gate)
+
+    def _gate(self, alive: Tensor) -> Gate:
+        """How products leave out the groups whose flag is 0."""
+        return Gate(alive, self.backend, self.gated)
+
+    def _heads_gate(self, layer: int) -> Gate | None:
+        """Which heads of a layer the output projection is for; None: all."""
+        return None if self.alive is None else self._gate(self.alive.heads(layer))
 
     def _attention_inputs(
         self, layer: int, attention: Attention, base: Tensor, stream: Tensor, weights: Tensor, plain: int
@@ -375,13 +387,20 @@ class MaskedRun:
         if not self.active.everything:
             reference = _take_heads(reference, self.active.heads(layer), self.graph.num_heads)
         difference = (out - reference).unflatten(1, (rows.shape[0], -1)).transpose(0, 1)
-        torch.bmm(difference, self._out_weight(layer), out=rows)
+        product_(rows, difference, self._out_weight(layer), self._heads_gate(layer))
         if attention.out_bias is not None and not ablated.has_output_bias:
             rows += attention.out_bias / self.graph.num_heads
 
     def _grad_heads_out(self, layer: int, grad_rows: Tensor) -> Tensor:
         """Gradient of the live heads' outputs before the output projection, ``[T, n * d_head]``."""
-        return torch.bmm(grad_rows, self._out_weight(layer).transpose(1, 2)).transpose(0, 1).flatten(1)
+        weight, gate = self._out_weight(layer).transpose(1, 2), self._heads_gate(layer)
+        if gate is None or not gate.closes(grad_rows, weight):
+            return torch.bmm(grad_rows, weight).transpose(0, 1).flatten(1)
+        heads, tokens, width = len(weight), grad_rows.shape[1], weight.shape[2]
+        grad = grad_rows.new_empty(tokens, heads, width)
+        # Not every kernel of attention leaves out the heads that are not alive: they get 0.
+        product_(grad.transpose(0, 1), grad_rows, weight, gate, zeros=True)
+        return grad.flatten(1)
 
     def _ablated_heads(self, layer: int, ablated: States) -> Tensor:
         """What the ablated heads of a layer write together, ``[T, d]`` (or ``[1, d]``)."""

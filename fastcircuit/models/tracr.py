@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, NoNorm, linear_heads, linear_output
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, NoNorm, linear_heads, linear_output
 
 
 def tracr(model: Any) -> Anatomy:
@@ -38,5 +39,5 @@ def _block(block: Any) -> Block:
             scale=attention.scale,
         ),
         mlp_norm=NoNorm(),
-        mlp=block.mlp,
+        mlp=Mlp(block.mlp, F.relu, linear_heads(block.mlp.up, 1), linear_heads(block.mlp.down, 1)),
     )

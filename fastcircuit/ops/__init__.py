@@ -3,6 +3,7 @@
 from fastcircuit.ops.answer_kl import answer_kl
 from fastcircuit.ops.backends import available_backends, unsupported_reasons
 from fastcircuit.ops.hard_concrete import hard_concrete
+from fastcircuit.ops.live_product import live_product, live_product_
 from fastcircuit.ops.masked_read import live_writers, masked_read, masked_read_backward_
 from fastcircuit.ops.norm_projection import norm_projection, norm_projection_grad_
 from fastcircuit.ops.norms import layer_norm, norm_backward_, rms_norm
@@ -14,6 +15,8 @@ __all__ = [
     "available_backends",
     "hard_concrete",
     "layer_norm",
+    "live_product",
+    "live_product_",
     "live_writers",
     "masked_read",
     "masked_read_backward_",

@@ -91,6 +91,15 @@ def only_wanted(of_readers: Tensor, live: Tensor | None) -> Tensor:
     return torch.where(flags != 0, of_readers, 0)
 
 
+def live_product_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, alive: Tensor, zeros: bool) -> None:
+    """``x[g] @ weight[g] + bias[g]`` where ``alive[g]`` is not 0, rounded once; elsewhere 0 with ``zeros``."""
+    wide = accumulation_dtype(x.dtype)
+    product = torch.bmm(x.to(wide), weight.to(wide))
+    if bias is not None:
+        product = product + bias.to(wide)
+    out.copy_(torch.where(alive[:, None, None] != 0, product.to(out.dtype), 0 if zeros else out))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps)``, rounded to the dtype of ``x``, times ``weight``."""
     return (_normalised(x, eps)[0].to(x.dtype) * weight).contiguous()

@@ -1,8 +1,10 @@
 """Launches the Triton kernels; the kernels themselves are in kernels/, imported as fastcircuit_kernels."""
 
+import functools
 import importlib
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ _NEEDED = {
     "fastcircuit_kernels.masked_read": "pip install fastcircuit",
 }
 _WIDEST_HEAD = 128
+_Launch = TypeVar("_Launch", bound=Callable[..., Any])
 FLOAT32_PRECISIONS = ("ieee", "tf32x3", "tf32")
 _forced_precision: str | None = None
 
@@ -77,6 +80,20 @@ def attention_reasons(dtype: torch.dtype, width: int) -> list[str]:
     return reasons
 
 
+def _on_its_device(launch: _Launch) -> _Launch:
+    """Triton launches on the current device: make that the one of the first tensor."""
+
+    @functools.wraps(launch)
+    def launched(first: Tensor, *rest: Any, **named: Any) -> Any:
+        if first.device.type != "cuda":
+            return launch(first, *rest, **named)
+        with torch.cuda.device(first.device):
+            return launch(first, *rest, **named)
+
+    return launched  # type: ignore[return-value]
+
+
+@_on_its_device
 def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor | None = None) -> Tensor:
     """``base + sum_j mask[r, j] * stream[j]``."""
     from fastcircuit_kernels import masked_read as kernels
@@ -85,6 +102,7 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: Tensor 
     return kernels.masked_read(stream, mask, base, live, float32_precision())
 
 
+@_on_its_device
 def masked_read_backward_(
     grad_reads: Tensor,
     stream: Tensor,
@@ -97,6 +115,7 @@ def masked_read_backward_(
     return _backward(grad_reads, stream, mask, grad_stream, needs_mask_grad, live, accumulate=True)
 
 
+@_on_its_device
 def masked_read_grads(
     grad_reads: Tensor,
     stream: Tensor,
@@ -133,6 +152,7 @@ def _backward(
     return None
 
 
+@_on_its_device
 def live_writers(mask: Tensor, wanted: Tensor | None = None) -> Tensor:
     """How many writers are open and live, the rows of the open, other live and dead ones; then 1 per wanted reader."""
     from fastcircuit_kernels import live_writers as kernels
@@ -140,6 +160,17 @@ def live_writers(mask: Tensor, wanted: Tensor | None = None) -> Tensor:
     return kernels.live_writers(mask, None if wanted is None else wanted.contiguous())
 
 
+@_on_its_device
+def live_product_(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, alive: Tensor, zeros: bool) -> None:
+    """``x[g] @ weight[g] + bias[g]`` where ``alive[g]`` is not 0; elsewhere 0 with ``zeros``."""
+    from fastcircuit_kernels import live_product as kernels
+
+    x, bias = x if x.stride(2) == 1 else x.contiguous(), None if bias is None else bias.contiguous()
+    weight = weight if 1 in weight.stride()[1:] else weight.contiguous()
+    kernels.live_product(out, x, weight, bias, alive.contiguous(), zeros, float32_precision())
+
+
+@_on_its_device
 def hard_concrete(log_alpha: Tensor, seed: Tensor, *numbers: float) -> tuple[Tensor, Tensor]:
     """Samples, and the probability that each is not 0."""
     from fastcircuit_kernels import hard_concrete as kernels
@@ -147,6 +178,7 @@ def hard_concrete(log_alpha: Tensor, seed: Tensor, *numbers: float) -> tuple[Ten
     return kernels.hard_concrete(log_alpha, seed, *numbers)
 
 
+@_on_its_device
 def hard_concrete_grad(grad_z: Tensor, grad_on: Tensor, z: Tensor, on: Tensor, *numbers: float) -> Tensor:
     """The gradient of ``log_alpha``."""
     from fastcircuit_kernels import hard_concrete as kernels
@@ -154,6 +186,7 @@ def hard_concrete_grad(grad_z: Tensor, grad_on: Tensor, z: Tensor, on: Tensor, *
     return kernels.hard_concrete_grad(grad_z, grad_on, z, on, *numbers)
 
 
+@_on_its_device
 def answer_kl(hidden: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Divergence per row, and what backward needs."""
     from fastcircuit_kernels import answer_kl as kernels
@@ -161,6 +194,7 @@ def answer_kl(hidden: Tensor, weight: Tensor, reference: Tensor) -> tuple[Tensor
     return kernels.answer_kl(_rows(hidden), _rows(weight), _rows(reference), float32_precision())
 
 
+@_on_its_device
 def answer_kl_grad(grad: Tensor, hidden: Tensor, weight: Tensor, reference: Tensor, stats: Tensor) -> Tensor:
     """The gradient of ``hidden``."""
     from fastcircuit_kernels import answer_kl as kernels
@@ -173,6 +207,7 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+@_on_its_device
 def read_norm(
     stream: Tensor,
     mask: Tensor,
@@ -193,6 +228,7 @@ def read_norm(
     )
 
 
+@_on_its_device
 def read_norm_grad(
     grad: Tensor,
     stats: Tensor,
@@ -222,11 +258,13 @@ def read_norm_grad(
     )
 
 
+@_on_its_device
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Softmax attention of packed sequences, and the logarithms of the sums, ``[H, T]``."""
     return _attention(query, key, *rest).forward(query, key, value)
 
 
+@_on_its_device
 def packed_attention_grads(
     grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,6 +53,17 @@ def test_every_step_that_is_timed_runs():
         assert found["peak_bytes"] is None
 
 
+@pytest.mark.parametrize("by_column", [True, False])
+def test_products_that_are_timed_are_products(by_column):
+    timed = []
+    shape = case.ProductShape(3, 6, 8, 5, by_column)
+    rows = case.product_times(shape, torch.float32, "cpu", lambda call: timed.append(call()) or 1.0)
+    assert [row["direction"] for row in rows] == ["forward", "backward"]
+    assert all(row[f"{name}_ms"] == 1.0 for row in rows for name in ("torch", "all", "half", "none"))
+    assert len(timed) == 8
+    assert shape.flops_per_byte == pytest.approx(6 * 8 * 5 / (6 * 8 + 8 * 5 + 6 * 5))
+
+
 def test_ceilings_sparsities_and_a_whole_run():
     assert min(case.ceilings("cpu", 64, repeats=1).values()) > 0
     model = case.gpt2_on(SMALL, "cpu", torch.float32)

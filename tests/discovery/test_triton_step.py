@@ -16,6 +16,7 @@ from fastcircuit.evaluation.reference import Reference
 from fastcircuit.models import stream
 from fastcircuit.models.inputs import FusedReads
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.ops import triton as triton_launcher
 from tests.discovery.test_edge_pruning import make_task
 from tests.discovery.test_steppers import filled
 from tests.models.tiny import tiny_model
@@ -110,33 +111,85 @@ def heads(graph, layer):
     return list(range(graph.head_writer(layer), graph.mlp_writer(layer)))
 
 
+@pytest.fixture
+def _nan_in_fresh_memory():
+    """So that what is left out and yet read is found out."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_nan_in_fresh_memory")
 @pytest.mark.parametrize(
     ("name", "recompute", "dead"),
-    [("gpt2", False, "heads and MLPs"), ("gpt2", False, "everything"), ("llama", True, "a layer")],
+    [
+        ("gpt2", False, "heads and MLPs"),
+        ("gpt2", False, "everything"),
+        ("llama", True, "a layer"),
+        ("tracr", False, "heads and MLPs"),
+    ],
 )
-def test_attention_of_dead_heads_is_left_out_and_changes_nothing(name, recompute, dead, monkeypatch):
-    """Fresh memory is NaN, so that what is left out and yet read is found out; float64 is the truth."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        skipping = gradient_with(name, DEAD[dead], torch.float32, "triton", recompute)
-        exact = gradient_with(name, DEAD[dead], torch.float64, "reference", recompute)
-        monkeypatch.setattr(stream, "Alive", lambda *anything: None)
-        whole = gradient_with(name, DEAD[dead], torch.float32, "triton", recompute)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_what_is_left_out_of_dead_heads_and_mlps_changes_nothing(name, recompute, dead, monkeypatch):
+    """Attention, projections, MLPs; float64 is the truth."""
+    run = lambda dtype, backend: gradient_with(name, DEAD[dead], dtype, backend, recompute)  # noqa: E731
+    skipping, exact = run(torch.float32, "triton"), run(torch.float64, "reference")
+    with monkeypatch.context() as patched:
+        patched.setattr(triton_launcher, "live_product_", of_all_groups(triton_launcher.live_product_))
+        multiplied = run(torch.float32, "triton")
+    monkeypatch.setattr(stream, "Alive", lambda *anything: None)
+    whole = run(torch.float32, "triton")
     open_masks = (exact[2] > 0) & (exact[2] < 1)
     for found in (skipping, whole):
         torch.testing.assert_close(found[0].double(), exact[0], rtol=2e-4, atol=1e-7)
         difference = (found[1].double() - exact[1])[open_masks]
         assert difference.norm() <= 2e-4 * exact[1][open_masks].norm()
-    # Sums in another order: a rounding step of log-probabilities, which are about -4.
-    torch.testing.assert_close(skipping[0], whole[0], rtol=0, atol=4 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(skipping[0], whole[0], rtol=0, atol=ONE_ROUNDING)
     assert not skipping[1][~open_masks].any()
+    # The same kernels whether or not they skip: bit for bit.
+    assert torch.equal(skipping[0], multiplied[0])
+    assert torch.equal(skipping[1], multiplied[1])
 
 
-def gradient_with(name, dead, dtype, backend, recompute):
+# Sums in another order: a rounding step of log-probabilities, which are about -4.
+ONE_ROUNDING = 4 * torch.finfo(torch.float32).eps
+
+
+def of_all_groups(launch):
+    """Products of all groups, whatever their flags."""
+    return lambda out, x, weight, bias, alive, zeros: launch(out, x, weight, bias, torch.ones_like(alive), zeros)
+
+
+@pytest.mark.parametrize(("name", "of_mlp", "again"), [("gpt2", 2, False), ("llama", 3, True)])
+def test_every_product_of_heads_and_mlps_asks_who_is_alive(name, of_mlp, again, monkeypatch):
+    dead, calls, launch = DEAD["heads and MLPs"], [], triton_launcher.live_product_
+
+    def noted(out, x, weight, bias, alive, zeros):
+        calls.append((tuple(weight.shape), alive.tolist()))
+        launch(out, x, weight, bias, alive, zeros)
+
+    monkeypatch.setattr(triton_launcher, "live_product_", noted)
+    skipping = gradient_with(name, dead, torch.float32, "triton", again)
+    # Queries, keys, values, output projections, the MLP; forward and back, and the first of these and the MLP again.
+    assert len(calls) == 3 * (2 * (4 + of_mlp) + again * (3 + of_mlp))
+    found = [flags for _, flags in calls]
+    assert [1, 0, 1, 1] in found  # the first layer's heads
+    assert [1, 1, 0, 0] in found  # the second's
+    mlps = [flags for flags in found if len(flags) == 1]
+    assert mlps.count([0]) == of_mlp * (2 + again)
+    assert mlps.count([1]) == 2 * of_mlp * (2 + again)
+    if name == "llama":  # pairs of heads share a key
+        assert [1, 0] in found
+    calls.clear()
+    dense = gradient_with(name, dead, torch.float32, "triton", again, gated=False)
+    assert not calls
+    torch.testing.assert_close(dense[0], skipping[0], rtol=0, atol=ONE_ROUNDING)
+    assert (dense[1] - skipping[1]).norm() <= 2e-4 * skipping[1].norm()
+
+
+def gradient_with(name, dead, dtype, backend, recompute, gated=None):
     """KL, its gradient by every mask, and the masks, of an example with random masks and these writers dead."""
     model = MaskedCausalLM(tiny_model(name, torch.float32).to(dtype), backend=backend)
+    model.gated = gated
     graph, generator = model.graph, torch.Generator().manual_seed(3)
     reference = Reference(model, make_task().split("train"))
     run = EdgePruning(reference, 40, SETTINGS, execution=Execution("fixed", recompute=recompute))

@@ -10,6 +10,7 @@ import torch
 
 from fastcircuit.errors import InputError
 from fastcircuit.ops import available_backends, extension, masked_read, masked_read_backward_, unsupported_reasons
+from tests.interpreter import FAILS
 from tests.ops.conftest import usable_backends
 
 OPS = torch.ops.fastcircuit
@@ -17,7 +18,10 @@ USABLE = usable_backends()
 ROOT = Path(__file__).parents[2]
 TRITON_TESTS = {
     "reads": ["ops/test_masked_read.py", "ops/test_read_norm.py"],
-    "the rest": ["ops/test_packed_attention.py", "ops/test_hard_concrete.py", "ops/test_answer_kl.py"],
+    "the rest": [
+        *("ops/test_packed_attention.py", "ops/test_hard_concrete.py", "ops/test_answer_kl.py"),
+        "ops/test_live_product.py",
+    ],
     "a step": ["discovery/test_triton_step.py"],
     "a GPU's, in small": ["test_gpu.py"],
 }
@@ -164,4 +168,6 @@ def test_triton_kernels_in_the_interpreter(what):
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
+    if FAILS in run.stdout:
+        pytest.skip(FAILS)
     assert " passed" in run.stdout

@@ -38,17 +38,25 @@ def test_little_spills_and_everything_fits():
         assert int(row["registers"]) <= MOST_REGISTERS[row["arch"]], row
 
 
+def test_products_spill_nothing():
+    rows = [row for row in aot.table() if row["launch"].startswith("product ")]
+    assert {row["arch"] for row in rows} == set(aot.TARGETS)
+    assert {row["spills"] for row in rows} == {"0"}
+
+
 def test_half_precisions_run_on_the_tensor_cores():
     for row in aot.table():
-        if re.match(r"(read|row_products|backward) \*(bf|fp)16", row["launch"]):
+        if re.match(r"(read|row_products|backward|product) \*(bf|fp)16", row["launch"]):
             assert row["units"] != "vector", row
 
 
 def test_every_tile_is_compiled(launches):
+    from fastcircuit_kernels import live_product
     from fastcircuit_kernels import masked_read as kernels
 
     told = [launch.constants | launch.options for launch in launches["sm_90"].values()]
-    for table, summed in ((kernels.READS, "BK"), (kernels.PRODUCTS, "BK"), (kernels.BACKWARDS, "BW")):
+    tables = (kernels.READS, "BK"), (kernels.PRODUCTS, "BK"), (kernels.BACKWARDS, "BW"), (live_product.TILES, "BK")
+    for table, summed in tables:
         for tile in {tile for tiles in table.values() for tile in tiles}:
             wanted = {"BM": tile.rows, summed: tile.inner, "BN": tile.columns, "num_warps": tile.num_warps}
             assert any(wanted.items() <= one.items() for one in told), tile
