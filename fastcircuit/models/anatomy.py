@@ -7,11 +7,14 @@ weights are the model's own tensors, reshaped to heads.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
 
 from fastcircuit import ops
+from fastcircuit.ops.mlp import runs_compiled
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,55 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mlp:
+    """One block's MLP, token-wise: a function, and where that is known what it consists of.
+
+    Args:
+        function: ``[..., d] -> [..., d]``, differentiable.
+        weights: gate (or None), up and down, as :func:`fastcircuit.ops.mlp` takes them; None: only ``function`` knows.
+        activation: its name there.
+        watched: the modules that ``function`` calls: while one has a hook, it is called and nothing else.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    weights: tuple[ops.Affine | None, ops.Affine, ops.Affine] | None = None
+    activation: str = ""
+    watched: tuple[nn.Module, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., d] -> [..., d]``."""
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        if recorded or not self.runs_by_hand(x):
+            return self.function(x)
+        return self.forward(x.flatten(0, -2), keep=False)[0].view_as(x)
+
+    def runs_by_hand(self, x: Tensor) -> bool:
+        """Whether :meth:`forward` and :meth:`backward` are to be used for ``x``, not ``function`` under autograd."""
+        if self.weights is None or x.dim() < 2:
+            return False
+        weight = self.weights[1].weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            return False
+        return runs_compiled(x, weight) and not any(_is_watched(module) for module in self.watched)
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        """``[T, d] -> [T, d]``, and what :meth:`backward` needs."""
+        assert self.weights is not None
+        return ops.mlp(x, *self.weights, self.activation, keep=keep)
+
+    def backward(self, grad: Tensor, slopes: Tensor) -> Tensor:
+        """The gradient of the input, ``[T, d]``, from that of the output."""
+        assert self.weights is not None
+        return ops.mlp_grad(grad, slopes, *self.weights)
+
+
+@dataclass(frozen=True)
 class Block:
     """Attention, then an MLP (with the norm in front of it) that also reads the attention of its own block."""
 
     attention: Attention
     mlp_norm: Norm | NoNorm
-    mlp: Callable[[Tensor], Tensor]
+    mlp: Mlp
 
 
 @dataclass(frozen=True)
@@ -174,3 +220,36 @@ def linear_heads(layer: nn.Linear, heads: int) -> Projection:
 def linear_output(layer: nn.Linear, heads: int) -> Tensor:
     """The ``[heads, d_head, d]`` view of a ``[d, heads * d_head]`` output projection."""
     return layer.weight.view(layer.out_features, heads, -1).permute(1, 2, 0)
+
+
+def linear(layer: nn.Linear) -> ops.Affine:
+    """A linear layer as what is multiplied from the right."""
+    return ops.Affine(layer.weight.T, layer.bias)
+
+
+def activation_name(act: Any) -> str | None:
+    """The name that :func:`fastcircuit.ops.mlp` has for an activation; None: it has none."""
+    if type(act) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+    return _ACTIVATIONS.get(type(act))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module does more than its class says: it has hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_tanh",
+    NewGELUActivation: "gelu_tanh",
+}

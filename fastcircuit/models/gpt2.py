@@ -1,13 +1,15 @@
 """GPT-2: learned positions, LayerNorm, fused q/k/v in a transposed linear layer."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.pytorch_utils import Conv1D
 
 from fastcircuit.errors import InputError
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, Projection, layer_norm
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, Projection, activation_name, layer_norm
+from fastcircuit.ops import Affine
 
 
 def gpt2(model: Any) -> Anatomy:
@@ -48,7 +50,16 @@ def _block(block: Any) -> Block:
     )
 
 
-def _mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
+def _mlp(mlp: Any) -> Mlp:
     """The block's MLP; GPT-2's own activation, written out in Hugging Face, as the one operation it is."""
     act = nn.GELU(approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act
-    return lambda x: mlp.c_proj(act(mlp.c_fc(x)))
+    layers, activation = (mlp.c_fc, mlp.c_proj), activation_name(act)
+
+    def function(x: Tensor) -> Tensor:
+        out: Tensor = mlp.c_proj(act(mlp.c_fc(x)))
+        return out
+
+    if type(mlp) is not GPT2MLP or activation is None or not all(type(layer) is Conv1D for layer in layers):
+        return Mlp(function)
+    up, down = (Affine(layer.weight, layer.bias) for layer in layers)
+    return Mlp(function, (None, up, down), activation, (*layers, act))

@@ -3,9 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, linear_heads, linear_output, rms_norm
+from fastcircuit.models.anatomy import (
+    Anatomy,
+    Attention,
+    Block,
+    Mlp,
+    activation_name,
+    linear,
+    linear_heads,
+    linear_output,
+    rms_norm,
+)
 
 
 def llama(model: Any, windows: Sequence[int | None] | None = None) -> Anatomy:
@@ -50,5 +63,15 @@ def _block(layer: Any, window: int | None) -> Block:
             window=window,
         ),
         mlp_norm=rms_norm(mlp_norm.weight, mlp_norm.variance_epsilon),
-        mlp=layer.mlp,
+        mlp=_mlp(layer.mlp),
     )
+
+
+def _mlp(mlp: Any) -> Mlp:
+    """The gated MLP: in full where it is the class of Hugging Face's and its parts are plain."""
+    layers, activation = (mlp.gate_proj, mlp.up_proj, mlp.down_proj), activation_name(mlp.act_fn)
+    known = type(mlp) in (LlamaMLP, MistralMLP, Qwen2MLP) and all(type(layer) is nn.Linear for layer in layers)
+    if not known or activation is None:
+        return Mlp(mlp)
+    gate, up, down = (linear(layer) for layer in layers)
+    return Mlp(mlp, (gate, up, down), activation, (mlp, *layers, mlp.act_fn))

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, NoNorm, linear_heads, linear_output
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, NoNorm, linear, linear_heads, linear_output
 
 
 def tracr(model: Any) -> Anatomy:
@@ -38,5 +38,5 @@ def _block(block: Any) -> Block:
             scale=attention.scale,
         ),
         mlp_norm=NoNorm(),
-        mlp=block.mlp,
+        mlp=Mlp(block.mlp, (None, linear(block.mlp.up), linear(block.mlp.down)), "relu", tuple(block.mlp.modules())),
     )
