@@ -48,7 +48,7 @@ def ninja_rules(cxx: list[str], openmp: list[str], amx: bool, target: Path) -> s
     variants = VARIANTS if x86 else {"portable": VARIANTS["portable"]}
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     jobs = {"bindings": ("bindings", include)}
-    for op in ("masked_read", "norm", "norm_projection", "packed_attention"):
+    for op in ("masked_read", "norm", "norm_projection", "packed_attention", "mlp"):
         jobs[op] = (op, [])
         for name, (size, flags) in variants.items():
             jobs[f"{op}_{name}"] = (f"{op}_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])

@@ -9,6 +9,7 @@
 
 #include "isa.h"
 #include "masked_read.h"
+#include "mlp.h"
 #include "norm.h"
 #include "norm_projection.h"
 #include "packed_attention.h"
@@ -29,6 +30,9 @@ using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Sequences = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t>;
 using Addresses = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
 using Rotary = std::tuple<int64_t, uintptr_t, uintptr_t>;
+
+// Of mlp: a weight, its strides from input to input and from output to output, and its bias.
+using Matrix = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t>;
 
 RowView row_view(uintptr_t data, const Strides& strides) {
   return {reinterpret_cast<const void*>(data), std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
@@ -158,6 +162,23 @@ void run_attention_backward(int isa, int threads, int dtype, const Sizes& sizes,
   packed_attention_backward(p);
 }
 
+Affine affine(const Matrix& matrix) {
+  return {reinterpret_cast<const void*>(std::get<0>(matrix)), std::get<1>(matrix), std::get<2>(matrix),
+          reinterpret_cast<const void*>(std::get<3>(matrix))};
+}
+
+void run_mlp(bool backward, int isa, int threads, int dtype, int activation,
+             const std::tuple<int64_t, int64_t, int64_t>& sizes, const Matrix& gate, const Matrix& up,
+             const Matrix& down, uintptr_t x, int64_t x_row_stride, uintptr_t slopes, uintptr_t y) {
+  MlpParams p{};
+  p.isa = Isa(isa), p.threads = threads, p.dtype = Dtype(dtype), p.activation = Activation(activation);
+  std::tie(p.tokens, p.width, p.hidden) = sizes;
+  p.gate = affine(gate), p.up = affine(up), p.down = affine(down), p.gated = p.gate.weight != nullptr;
+  p.x = reinterpret_cast<const void*>(x), p.x_row_stride = x_row_stride;
+  p.slopes = reinterpret_cast<void*>(slopes), p.y = reinterpret_cast<void*>(y);
+  backward ? mlp_backward(p) : mlp(p);
+}
+
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx})
@@ -171,12 +192,14 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled CPU kernels of fastcircuit.";
   module.def("masked_read", &run_read, py::call_guard<py::gil_scoped_release>());
   module.def("masked_read_backward", &run_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("mlp", &run_mlp, py::call_guard<py::gil_scoped_release>());
   module.def("norm", &run_norm, py::call_guard<py::gil_scoped_release>());
   module.def("norm_backward", &run_norm_backward, py::call_guard<py::gil_scoped_release>());
   module.def("norm_projection", &run_norm_projection, py::call_guard<py::gil_scoped_release>());
   module.def("norm_projection_backward", &run_norm_projection_backward, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention", &run_attention, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention_backward", &run_attention_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("is_intel", &is_intel, "Whether the processor is one of Intel's.");
   module.def("runnable_isas", &runnable_isas, "Instruction sets this machine can run, slowest first.");
 #ifdef _OPENMP
   module.attr("openmp") = true;

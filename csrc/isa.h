@@ -47,4 +47,12 @@ inline Isa best_isa() {
   return Isa::portable;
 }
 
+inline bool is_intel() {
+#ifdef FC_X86_VARIANTS
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastcircuit

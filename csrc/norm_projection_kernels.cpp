@@ -38,8 +38,8 @@ void forward(const NormProjectionParams& p, int64_t head, int64_t begin, int64_t
     for (int64_t i = 0; i < rows; ++i)
       norm_row<A, Centered>(rows_of<A>(p, head, begin + i), weight, norm_bias, p.width, p.eps, normed + i * p.width);
     const int64_t left = end - begin - rows;
-    const Prefetch next(rows_of<A>(p, head, begin + rows), p.x_row_stride, left < kRows ? left : kRows, p.width);
-    multiply(panels, normed, p.width, packed, bias, rows, y, p.head_width, next);
+    Prefetch next(rows_of<A>(p, head, begin + rows), p.x_row_stride, left < kRows ? left : kRows, p.width);
+    multiply<A>(panels, normed, p.width, packed, {bias}, rows, y, p.head_width, next);
   }
 }
 
@@ -72,8 +72,8 @@ void backward(const NormProjectionParams& p, int64_t head, int64_t begin, int64_
       std::memcpy(edge, grad, sizeof(A) * rows * p.head_width);
       a = edge;
     }
-    const Prefetch x(rows_of<A>(p, head, begin), p.x_row_stride, rows, p.width);
-    multiply<A>(panels, a, p.head_width, packed, nullptr, rows, of_normed, p.width, x);
+    Prefetch x(rows_of<A>(p, head, begin), p.x_row_stride, rows, p.width);
+    multiply<A>(panels, a, p.head_width, packed, {}, rows, of_normed, p.width, x);
     for (int64_t i = 0; i < rows; ++i, grad_x += p.width) {
       A* const row = of_normed + i * p.width;
       norm_backward_row<A, Centered>(row, rows_of<A>(p, head, begin + i), weight, p.width, p.eps, around ? row : grad_x);

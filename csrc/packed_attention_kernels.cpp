@@ -1,8 +1,8 @@
 // Compiled once per instruction set, with FC_ISA its name and FC_VECTOR_BYTES the size of its registers.
 // A register holds one number of as many queries: a score of each, say. Their maxima, sums and means are then taken
 // lane by lane, and what is left are products of small matrices, all of one form (multiply).
+#include "exponential.h"
 #include "packed_attention.h"
-#include "simd.h"
 #include "transpose.h"
 
 namespace fastcircuit {
@@ -13,34 +13,6 @@ template <class A>
 FC_INLINE int64_t round_up(int64_t n) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   return (n + kLanes - 1) / kLanes * kLanes;
-}
-
-// exp of numbers that are not above 0; NaN stays NaN. float: x = n ln 2 + r with |r| <= ln 2 / 2, and Taylor's
-// polynomial of degree 7, whose next term is below a tenth of a unit in the last place.
-FC_INLINE Vec<float> exp_of(Vec<float> x) {
-  typedef int32_t Int __attribute__((vector_size(kBytes)));
-  const Vec<float> lowest = splat(-87.0f);
-  const Vec<float> above = x > lowest ? x : lowest;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> shifted = above * 1.44269504f + kRound;
-  const Vec<float> n = shifted - kRound;
-  const Vec<float> r = (above - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> y = splat(1.0f / 5040);
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
-  y = y * r + 1.0f;
-  y = y * r + 1.0f;
-  const Int power = ((Int)shifted - 0x4B400000 + 127) << 23;
-  const Vec<float> result = x < lowest ? Vec<float>{} : y * (Vec<float>)power;
-  return x == x ? result : x;
-}
-
-FC_INLINE Vec<double> exp_of(Vec<double> x) {
-  for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
 }
 
 template <class A>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "prefetch.h"
+#include "transpose.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
@@ -43,19 +44,21 @@ struct Panels {
  private:
   // Rows at a time: what goes where fits the first-level cache when columns are what is contiguous in memory.
   static constexpr int64_t kBlock = 16;
+  static constexpr int64_t kAhead = 2 * kBlock;  // rows from fetching to copying
 
   static void pack_rows(const A* from, int64_t stride, int64_t rows, int64_t width, int64_t wide, A* to) {
-    for (int64_t i = 0; i < rows; ++i, from += stride, to += wide) {
-      std::memcpy(to, from, sizeof(A) * width);
-      for (int64_t j = width; j < wide; ++j) to[j] = A(0);
-    }
+    for (int64_t i = 0; i < rows; ++i, from += stride, to += wide)
+      for (int64_t j = 0; j < wide; j += kLanes) Traits<A>::store(to + j, load_some(from + j, width - j));
   }
 
   static void pack_columns(const A* from, int64_t stride, int64_t column_stride, int64_t rows, int64_t width,
                            int64_t wide, A* to) {
-    for (int64_t j = 0; j < width; ++j, from += column_stride) {
-      __builtin_prefetch(from + kTile<A> * column_stride);  // the next panel's: columns may lie far apart
-      for (int64_t i = 0; i < rows; ++i) to[i * wide + j] = from[i * stride];
+    for (int64_t j = 0; j < width; ++j) __builtin_prefetch(from + kAhead * stride + j * column_stride);
+    if (stride == 1) {
+      transpose(from, column_stride, width, rows, to, wide);
+    } else {
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = 0; i < rows; ++i) to[i * wide + j] = from[i * stride + j * column_stride];
     }
     for (int64_t j = width; j < wide; ++j)
       for (int64_t i = 0; i < rows; ++i) to[i * wide + j] = A(0);
@@ -80,29 +83,38 @@ FC_INLINE void multiply_panel(const A* a, int64_t a_stride, const A* b, int64_t 
   prefetch = ahead;
 }
 
-// c[kRows, columns] = start[columns] + a[kRows, inner] b, with b packed; `rows` of c and `columns` are written.
+// What a product is added to: one row for all of c (stride 0), or as many as c has, which may be c; null: zero.
+template <class A>
+struct Start {
+  const A* data = nullptr;
+  int64_t stride = 0;
+
+  Start from(int64_t column) const { return {data ? data + column : nullptr, stride}; }
+
+  FC_INLINE Vec<A> add(Vec<A> sum, int64_t row, int64_t column, int64_t width) const {
+    return data ? sum + load_some(data + row * stride + column, width - column) : sum;
+  }
+};
+
+// c[kRows, columns] = start + a[kRows, inner] b, with b packed; `rows` of c and `columns` are written.
 template <int V, class A>
-void multiply_one_panel(const A* a, int64_t a_stride, const A* b, int64_t inner, const A* start, int64_t rows,
+void multiply_one_panel(const A* a, int64_t a_stride, const A* b, int64_t inner, Start<A> start, int64_t rows,
                         int64_t width, A* c, int64_t c_stride, Prefetch& prefetch) {
   constexpr int kLanes = Simd<A>::kLanes;
-  Vec<A> acc[kRows][V];
-  for (int v = 0; v < V; ++v) {
-    const Vec<A> first = start ? load_some(start + v * kLanes, width - v * kLanes) : Vec<A>{};
-    for (int i = 0; i < kRows; ++i) acc[i][v] = first;
-  }
+  Vec<A> acc[kRows][V] = {};
   multiply_panel<V, A>(a, a_stride, b, inner, acc, prefetch);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < V && v * kLanes < width; ++v)
-      store_some(c + i * c_stride + v * kLanes, acc[i][v], width - v * kLanes);
+      store_some(c + i * c_stride + v * kLanes, start.add(acc[i][v], i, v * kLanes, width), width - v * kLanes);
 }
 
 template <class A, int V = kVecs>
-FC_INLINE void multiply_panels(const Panels<A>& panels, const A* a, int64_t a_stride, const A* packed, const A* start,
+FC_INLINE void multiply_panels(const Panels<A>& panels, const A* a, int64_t a_stride, const A* packed, Start<A> start,
                                int64_t rows, A* c, int64_t c_stride, Prefetch& prefetch, int64_t panel) {
   if (panels.registers(panel) == V) {
     const int64_t first = panel * kTile<A>;
-    multiply_one_panel<V, A>(a, a_stride, packed + panels.begin(panel), panels.inner, start ? start + first : nullptr,
-                             rows, panels.columns - first, c + first, c_stride, prefetch);
+    multiply_one_panel<V, A>(a, a_stride, packed + panels.begin(panel), panels.inner, start.from(first), rows,
+                             panels.columns - first, c + first, c_stride, prefetch);
   } else if constexpr (V > 1) {
     multiply_panels<A, V - 1>(panels, a, a_stride, packed, start, rows, c, c_stride, prefetch, panel);
   }
@@ -110,8 +122,8 @@ FC_INLINE void multiply_panels(const Panels<A>& panels, const A* a, int64_t a_st
 
 // All columns; a must be readable for kRows rows. What is needed next is fetched on the way.
 template <class A>
-void multiply(const Panels<A>& panels, const A* a, int64_t a_stride, const A* packed, const A* start, int64_t rows,
-              A* c, int64_t c_stride, Prefetch prefetch) {
+void multiply(const Panels<A>& panels, const A* a, int64_t a_stride, const A* packed, Start<A> start, int64_t rows,
+              A* c, int64_t c_stride, Prefetch& prefetch) {
   for (int64_t panel = 0; panel < panels.count(); ++panel)
     multiply_panels<A>(panels, a, a_stride, packed, start, rows, c, c_stride, prefetch, panel);
 }

@@ -8,11 +8,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastcircuit import ops
-from fastcircuit.models.gate import Gate, product_
+from fastcircuit.models.gate import Gate, product, product_
+from fastcircuit.models.mlp import Mlp
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ class Projection:
         """
         if x.shape[0] == 1 and self.heads > 1:
             x = x.expand(self.heads, -1, -1)
-        if gate is not None and gate.closes(x, self.weight):
-            return ops.live_product(x, self.weight, self.bias, gate.alive, zeros=False, backend=gate.backend)
-        if self.bias is None:
-            return torch.bmm(x, self.weight)
-        return torch.baddbmm(self.bias, x, self.weight)
+        return product(x, self.weight, self.bias, gate)
 
 
 @dataclass(frozen=True)
@@ -128,32 +124,6 @@ class Attention:
         return dataclasses.replace(
             self, query=self.query.take(heads), key=self.key.take(kv_heads), value=self.value.take(kv_heads)
         )
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """``out(act(first(x)))``, or ``out(act(first(x)) * second(x))``.
-
-    Args:
-        whole: all of it, as the model computes it, ``[..., d] -> [..., d]``.
-        act: applied number by number.
-        first, out, second: its matrices, as projections of one head.
-    """
-
-    whole: Callable[[Tensor], Tensor]
-    act: Callable[[Tensor], Tensor]
-    first: Projection
-    out: Projection
-    second: Projection | None = None
-
-    def __call__(self, x: Tensor, gate: Gate | None = None) -> Tensor:
-        """What it writes; with a gate ``[T, d] -> [T, d]``, and anything if the gate leaves it out."""
-        if gate is None or not gate.closes(x[None], self.first.weight):
-            return self.whole(x)
-        hidden = self.act(self.first(x[None], gate))
-        if self.second is not None:
-            hidden = hidden * self.second(x[None], gate)
-        return self.out(hidden, gate)[0]
 
 
 @dataclass(frozen=True)

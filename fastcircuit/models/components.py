@@ -2,7 +2,7 @@
 what a forward pass leaves of the two for backward.
 
 Backward is written by hand where it saves memory (norms and projections work in place, on one buffer) and left to
-autograd in between (attention itself, the model's own MLP).
+autograd in between (attention itself, an MLP that no kernel is for).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,12 +82,16 @@ class MlpRun:
     inputs: Inputs
     _normed: Tensor | None = field(init=False, default=None)
     _out: Tensor | None = field(init=False, default=None)
+    _slopes: Tensor | None = field(init=False, default=None)
 
     def forward(self, keep_graph: bool) -> Tensor:
         """What the MLP writes, ``[T, d]``."""
         normed = self.inputs.forward()[0]
         if not keep_graph:
             return self.block.mlp(normed, self.inputs.gate)
+        if self.block.mlp.runs_by_hand(normed):
+            out, self._slopes = self.block.mlp.forward(normed, keep=True)
+            return out
         with torch.enable_grad():
             self._normed = normed.requires_grad_()
             self._out = self.block.mlp(self._normed, self.inputs.gate)
@@ -95,6 +99,8 @@ class MlpRun:
 
     def backward(self, grad_out: Tensor) -> Tensor:
         """The gradient of the read, ``[1, T, d]``."""
+        if self._slopes is not None:
+            return self.inputs.backward_(self.block.mlp.backward(grad_out, self._slopes)[None])
         assert self._normed is not None
         assert self._out is not None
         (grad,) = torch.autograd.grad(self._out, self._normed, grad_out)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcircuit.ops import live_product_
+from fastcircuit.ops import live_product, live_product_
 from fastcircuit.ops.backends import is_compiled
 from fastcircuit.ops.live_product import pays
 
@@ -33,6 +33,17 @@ class Gate:
         """Whether ``x`` ``[G, M, K]`` times ``weight`` ``[G, K, N]`` leaves out the groups that are not alive."""
         wanted = pays(x, weight) if self.always is None else self.always
         return wanted and is_compiled("live_product_", self.backend, x, weight)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate | None) -> Tensor:
+    """``x[g] @ weight[g] + bias[g]``, ``[G, M, N]``, differentiable; what is left out, and its gradient, is anything.
+
+    Args:
+        bias: ``[G, 1, N]``, or None.
+    """
+    if gate is not None and gate.closes(x, weight):
+        return live_product(x, weight, bias, gate.alive, zeros=False, backend=gate.backend)
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
 
 
 def product_(out: Tensor, x: Tensor, weight: Tensor, gate: Gate | None, zeros: bool = False) -> None:

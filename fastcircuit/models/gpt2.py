@@ -4,9 +4,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.pytorch_utils import Conv1D
 
 from fastcircuit.errors import InputError
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, Projection, layer_norm
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, Projection, layer_norm
+from fastcircuit.models.mlp import Mlp, Parts
+from fastcircuit.ops import Affine
 
 
 def gpt2(model: Any) -> Anatomy:
@@ -50,5 +54,13 @@ def _block(block: Any) -> Block:
 def _mlp(mlp: Any) -> Mlp:
     """The block's MLP; GPT-2's own activation, written out in Hugging Face, as the one operation it is."""
     act = nn.GELU(approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act
-    first, out = (Projection(layer.weight[None], layer.bias[None, None]) for layer in (mlp.c_fc, mlp.c_proj))
-    return Mlp(lambda x: mlp.c_proj(act(mlp.c_fc(x))), act, first, out)
+    layers = (mlp.c_fc, mlp.c_proj)
+
+    def function(x: Tensor) -> Tensor:
+        out: Tensor = mlp.c_proj(act(mlp.c_fc(x)))
+        return out
+
+    if type(mlp) is not GPT2MLP or not all(type(layer) is Conv1D for layer in layers):
+        return Mlp(function)
+    up, down = (Affine(layer.weight, layer.bias) for layer in layers)
+    return Mlp(function, Parts(None, up, down, act, (*layers, act)))

@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, linear_heads, linear_output, rms_norm
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, linear_heads, linear_output, rms_norm
+from fastcircuit.models.mlp import Mlp, Parts, linear
 
 
 def llama(model: Any, windows: Sequence[int | None] | None = None) -> Anatomy:
@@ -35,7 +39,6 @@ def llama(model: Any, windows: Sequence[int | None] | None = None) -> Anatomy:
 
 
 def _block(layer: Any, window: int | None) -> Block:
-    mlp = layer.mlp
     attention, norm, mlp_norm = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
     heads = attention.config.num_attention_heads
     kv_heads = attention.config.num_key_value_heads
@@ -51,11 +54,14 @@ def _block(layer: Any, window: int | None) -> Block:
             window=window,
         ),
         mlp_norm=rms_norm(mlp_norm.weight, mlp_norm.variance_epsilon),
-        mlp=Mlp(
-            whole=mlp,
-            act=mlp.act_fn,
-            first=linear_heads(mlp.gate_proj, 1),
-            out=linear_heads(mlp.down_proj, 1),
-            second=linear_heads(mlp.up_proj, 1),
-        ),
+        mlp=_mlp(layer.mlp),
     )
+
+
+def _mlp(mlp: Any) -> Mlp:
+    """The gated MLP: by its parts too where it is the class of Hugging Face's and they are plain."""
+    layers = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    if type(mlp) not in (LlamaMLP, MistralMLP, Qwen2MLP) or not all(type(layer) is nn.Linear for layer in layers):
+        return Mlp(mlp)
+    gate, up, down = (linear(layer) for layer in layers)
+    return Mlp(mlp, Parts(gate, up, down, mlp.act_fn, tuple(mlp.modules())))

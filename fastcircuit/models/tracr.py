@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastcircuit.models.anatomy import Anatomy, Attention, Block, Mlp, NoNorm, linear_heads, linear_output
+from fastcircuit.models.anatomy import Anatomy, Attention, Block, NoNorm, linear_heads, linear_output
+from fastcircuit.models.mlp import Mlp, Parts, linear
 
 
 def tracr(model: Any) -> Anatomy:
@@ -39,5 +39,9 @@ def _block(block: Any) -> Block:
             scale=attention.scale,
         ),
         mlp_norm=NoNorm(),
-        mlp=Mlp(block.mlp, F.relu, linear_heads(block.mlp.up, 1), linear_heads(block.mlp.down, 1)),
+        mlp=_mlp(block.mlp),
     )
+
+
+def _mlp(mlp: Any) -> Mlp:
+    return Mlp(mlp, Parts(None, linear(mlp.up), linear(mlp.down), nn.ReLU(), tuple(mlp.modules())))

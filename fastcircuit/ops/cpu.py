@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcircuit.ops import extension, reference
 from fastcircuit.ops.extension import missing_reason as missing_reason
 from fastcircuit.ops.layout import layout_reasons
+from fastcircuit.ops.mlp import ACTIVATIONS, Affine
 from fastcircuit.ops.recycling import POOL
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -23,6 +24,8 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
         return _unsupported_projection(*tensors)
     if op.startswith("packed_attention"):
         return _unsupported_attention(*tensors)
+    if op in ("mlp", "mlp_grad"):
+        return _unsupported_mlp(*tensors)
     if not op.startswith("masked_read"):
         return _unsupported_kind("x", tensors[-2])
     stream = tensors[0 if op == "masked_read" else 1]
@@ -63,6 +66,14 @@ def _unsupported_projection(x: Tensor | None, weight: Tensor | None) -> list[str
     head_bytes = weight.shape[1] * weight.shape[2] * weight.element_size()
     if head_bytes > _HEAD_BYTES:
         reasons.append(f"a head's weights take {head_bytes} bytes; the kernel is for at most {_HEAD_BYTES}")
+    return reasons
+
+
+def _unsupported_mlp(x: Tensor | None, up: Tensor | None) -> list[str]:
+    assert x is not None
+    reasons = _unsupported_kind("x", x)
+    if x.dtype == torch.bfloat16:
+        reasons.append("x is torch.bfloat16; the kernel has float32 and float64")
     return reasons
 
 
@@ -270,6 +281,57 @@ def _projection(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, cent
         weight.data_ptr(),
         weight.stride(),
     )
+
+
+def mlp(
+    x: Tensor, gate: Affine | None, up: Affine, down: Affine, activation: str, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Both products, the activation between them, and what backward needs of it."""
+    slopes = None
+    if keep:
+        slopes = POOL.empty((1 if gate is None else 2, len(x), up.weight.shape[1]), x)
+    return _mlp(x, gate, up, down, activation, slopes, backward=False), slopes
+
+
+def mlp_grad(grad: Tensor, slopes: Tensor, gate: Affine | None, up: Affine, down: Affine) -> Tensor:
+    """The gradient of the input."""
+    return _mlp(grad, gate, up, down, ACTIVATIONS[0], slopes.contiguous(), backward=True)
+
+
+def _mlp(
+    x: Tensor,
+    gate: Affine | None,
+    up: Affine,
+    down: Affine,
+    activation: str,
+    slopes: Tensor | None,
+    backward: bool,
+) -> Tensor:
+    """The output from the input, or ``backward`` the gradient of that from the gradient of this."""
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    y = POOL.empty(x.shape, x)
+    biases = [None if part is None or part.bias is None else part.bias.contiguous() for part in (gate, up, down)]
+    extension.kernels.mlp(
+        backward,
+        extension.isa(),
+        torch.get_num_threads(),
+        _CODES[x.dtype],
+        ACTIVATIONS.index(activation),
+        (*x.shape, up.weight.shape[1]),
+        (0, 0, 0, 0) if gate is None else _affine(gate.weight, biases[0]),
+        _affine(up.weight, biases[1]),
+        _affine(down.weight, biases[2]),
+        x.data_ptr(),
+        x.stride(0),
+        0 if slopes is None else slopes.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
+
+
+def _affine(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    return weight.data_ptr(), *weight.stride(), 0 if bias is None else bias.data_ptr()
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

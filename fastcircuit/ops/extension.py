@@ -1,10 +1,11 @@
 """The compiled extension: whether it is there, and which of its instruction sets its kernels are to use."""
 
+import functools
 import os
 from importlib import resources
 from typing import Any
 
-import torch  # noqa: F401 - first on purpose: its OpenMP runtime then serves the extension too, and there is one pool
+import torch  # first on purpose: its OpenMP runtime then serves the extension too, and there is one pool
 
 from fastcircuit.errors import InputError
 
@@ -63,6 +64,16 @@ _isa = _choose_isa()
 def isa() -> int:
     """The number of the instruction set that kernels are to use."""
     return _isa
+
+
+@functools.cache
+def _is_intel() -> bool:
+    return kernels is None or kernels.is_intel()
+
+
+def outruns_mkl() -> bool:
+    """Whether products of our own run on AVX-512 where torch's MKL does not: it does only on Intel's processors."""
+    return _isa >= ISAS.index("avx512") and torch.backends.mkl.is_available() and not _is_intel()
 
 
 def force_isa(name: str | None) -> None:

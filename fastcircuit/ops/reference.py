@@ -1,9 +1,13 @@
 """The operations in plain torch: the specification every other backend is tested against."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastcircuit.ops.mlp import Affine
 
 
 def missing_reason() -> str | None:
@@ -164,6 +168,41 @@ def norm_projection_grad_(
     """Overwrite ``grad_x`` with the gradient of ``x``."""
     torch.bmm(grad, weight.transpose(1, 2), out=grad_x)
     norm_backward_(grad_x, x, norm_weight, eps, centered)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def mlp(
+    x: Tensor, gate: Affine | None, up: Affine, down: Affine, activation: str, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The products as torch makes them; the derivatives of the hidden numbers from its activations' own."""
+    act = _ACTIVATIONS[activation]
+    activated = _affine(x, gate or up)
+    hidden = act(activated) if gate is None else act(activated) * _affine(x, up)
+    if not keep:
+        return _affine(hidden, down), None
+    with torch.enable_grad():
+        leaf = activated.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(act(leaf).sum(), leaf)
+    slopes = [slope] if gate is None else [slope * _affine(x, up), act(activated)]
+    return _affine(hidden, down), torch.stack(slopes)
+
+
+def mlp_grad(grad: Tensor, slopes: Tensor, gate: Affine | None, up: Affine, down: Affine) -> Tensor:
+    """The gradient of the input."""
+    of_products = (grad @ down.weight.T) * slopes
+    parts = [up] if gate is None else [gate, up]
+    return torch.stack([part @ into.weight.T for part, into in zip(of_products, parts, strict=True)]).sum(0)
+
+
+def _affine(x: Tensor, affine: Affine) -> Tensor:
+    return x @ affine.weight if affine.bias is None else torch.addmm(affine.bias, x, affine.weight)
 
 
 def packed_attention(
