@@ -50,11 +50,11 @@ class Scores:
 
     def ranking(self, absolute: bool = True) -> np.ndarray:
         """What edges are ordered by, ``[num_edges]``: the score's size, or the score itself."""
-        return np.abs(self.edge) if absolute and not self.log_alpha else self.edge
+        return score_file.ranked(self.edge, absolute, self.log_alpha)
 
     def node_ranking(self, absolute: bool = True) -> np.ndarray:
         """What writers are ordered by, ``[num_writers]``."""
-        return np.abs(self.node) if absolute and not self.log_alpha else self.node
+        return score_file.ranked(self.node, absolute, self.log_alpha)
 
     def circuit(
         self,
@@ -86,9 +86,7 @@ class Scores:
 
     def top(self, edges: int, *, absolute: bool = True) -> Circuit:
         """The ``edges`` best edges and no others, whether they can matter or not; there may be 0 of them."""
-        keep = np.zeros(self.graph.num_edges, dtype=bool)
-        keep[np.argsort(-self.ranking(absolute), kind="stable")[:edges]] = True
-        return self._circuit(keep)
+        return self._circuit(score_file.best(self.ranking(absolute), edges))
 
     def node_circuit(self, nodes: int, *, absolute: bool = True, pruned: bool = True) -> Circuit:
         """The circuit of the ``nodes`` best writers: every edge that leads from one of them to another or the output.
@@ -99,9 +97,7 @@ class Scores:
         graph = self.graph
         if not 1 <= nodes <= graph.num_writers:
             raise InputError(f"nodes is {nodes}; this model has 1 to {graph.num_writers} writers to keep")
-        ranking = self.node_ranking(absolute)
-        kept = np.zeros(graph.num_writers, dtype=bool)
-        kept[np.argsort(-ranking, kind="stable")[:nodes]] = True
+        kept = score_file.best(self.node_ranking(absolute), nodes)
         readers = np.zeros(graph.num_readers, dtype=bool)
         readers[graph.reader_id(FINAL_READ)] = True
         fed_by, feeds = graph.feeds
