@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery import acdc, baselines, upstream
+from fastcircuit.discovery import acdc, attribution, baselines, upstream
 from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
 from fastcircuit.discovery.execution import Execution
@@ -173,6 +173,8 @@ def _warm_ranking(
     """What a warm start ranks the edges by, ``[num_edges]``."""
     if settings.warm_start is None:
         return None
+    if settings.warm_start not in attribution.METHODS:
+        raise InputError(f"warm_start is {settings.warm_start!r}; accepted: {', '.join(attribution.METHODS)}")
     start = BaselineSettings(ablation=settings.ablation, output_bias=settings.output_bias, seed=settings.seed)
     return baselines.scores_of(model, task, settings.warm_start, start, on_progress, on_note).ranking()
 

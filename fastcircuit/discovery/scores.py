@@ -10,7 +10,6 @@ from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.discovery.rounding import check_num_edges, top_circuit
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.formats import read, score_file
-from fastcircuit.formats.conventions import describe
 from fastcircuit.graph import FINAL_READ, Graph
 
 
@@ -42,7 +41,9 @@ class Scores:
         for name, size in names.items():
             values = np.asarray(getattr(self, name), dtype=np.float64)
             if values.shape != (size,):
-                raise InputError(f"{name} scores have shape {values.shape}; this graph needs ({size},)")
+                raise InputError(
+                    f"{name} scores have shape {values.shape}; this graph needs ({size},); give scores of this model"
+                )
             object.__setattr__(self, name, values)
         check_finite(self.graph, self.edge)
         if np.isnan(self.node).any():
@@ -142,7 +143,7 @@ def _of_circuit(path: str | os.PathLike[str], graph: Graph) -> score_file.ScoreF
     file = read(path, graph)
     if file.edge_scores is None:
         raise InputError(
-            f"circuit file {path} holds no scores over {describe(graph)}; give one that does, or masks.safetensors "
+            f"circuit file {path} holds no scores over {graph}; give one that does, or masks.safetensors "
             "(scores are not taken from one way to count embeddings to another: --embedding-nodes)"
         )
     return score_file.ScoreFile(file.edge_scores, file.node_scores, file.log_alpha)
@@ -159,7 +160,9 @@ def check_finite(graph: Graph, edge: np.ndarray) -> None:
     if wrong.any():
         first = int(wrong.argmax())
         writer, reader = graph.writers[graph.edge_writers[first]], graph.readers[graph.edge_readers[first]]
-        raise InputError(f"{int(wrong.sum())} edge scores are NaN, the first of {writer} -> {reader}; NaN has no rank")
+        raise InputError(
+            f"{int(wrong.sum())} edge scores are NaN, the first of {writer} -> {reader}; compute them again"
+        )
 
 
 def check_computed(graph: Graph, edge: np.ndarray) -> None:
