@@ -105,9 +105,9 @@ def test_targets_are_those_that_reruns_of_the_published_code_ended_near():
 def test_a_sweep_trains_with_the_target_of_each_size(model, tmp_path, monkeypatch):
     trained = []
 
-    def train(*_, edges, settings):
+    def train(*_, edges, settings, on_note):
         trained.append((edges, settings.edge_target, settings.steps))
-        return discover(*_, edges=edges, settings=settings)
+        return discover(*_, edges=edges, settings=settings, on_note=on_note)
 
     monkeypatch.setattr("fastcircuit.sweep.runner.discover", train)
     settings = preset("ioi").changed({"steps": 3, "batch_size": 4})
