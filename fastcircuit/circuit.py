@@ -118,7 +118,9 @@ class Circuit:
 
     def _same_graph(self, other: "Circuit") -> "Circuit":
         if self.graph != other.graph:
-            raise InputError(f"the circuits are over different graphs: {self.graph} and {other.graph}")
+            raise InputError(
+                f"the circuits are over different graphs: {self.graph}, and {other.graph}; give two of one model"
+            )
         return other
 
     def __and__(self, other: "Circuit") -> "Circuit":

@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         RunError: the file cannot be written (no space, no permission); nothing is left behind.
     """
     target = Path(path)
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(target):
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
         os.close(handle)
         temporary = Path(name)
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"cannot write {target}: {reason}; free some space or choose another --out") from error
-    finally:
-        if temporary is not None:
+        try:
+            write(temporary)
+            _flush(temporary)
+            os.replace(temporary, target)
+        finally:
             temporary.unlink(missing_ok=True)
 
 
@@ -50,24 +44,35 @@ def write_directory(path: str | os.PathLike[str], write: Callable[[Path], None])
     """
     target = Path(path)
     check_new(target)
-    temporary: Path | None = None
+    with _writing(target):
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            write(temporary)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            temporary.chmod(0o777 & ~_umask())
+            os.rename(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Make the directory ``target`` is to lie in; what fails in the block is a RunError that names ``target``."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-        temporary.chmod(0o777 & ~_umask())
-        os.rename(temporary, target)
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"cannot write {target}: {reason}; free some space or choose another --out") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Give a new file its mode, and to the disk what is in it."""
+    file.chmod(0o666 & ~_umask())
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def check_new(directory: str | os.PathLike[str]) -> None:

@@ -79,6 +79,12 @@ class Graph:
                 f"heads are accepted"
             )
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_layers} layers of {self.num_heads} heads ({self.num_kv_heads} key/value heads), embedding "
+            f"nodes {self.embedding_nodes!r}"
+        )
+
     @classmethod
     def from_config(cls, config: Any, embedding_nodes: EmbeddingNodes = "split") -> "Graph":
         """The graph of a Hugging Face config. Models without a position table have one embedding writer, not two."""

@@ -112,6 +112,7 @@ class Analyses:
             split,
             self.most_examples,
             on_batch=lambda done, most: watcher.on_progress("edges", done, most),
+            on_note=watcher.on_note,
         )
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")

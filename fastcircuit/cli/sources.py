@@ -20,7 +20,10 @@ def check_circuit(where: Path, circuit: Any, model: str, masked: Any) -> None:
     """InputError unless the circuit fits the model; a line on stderr when it was found in one of another name."""
     from fastcircuit.evaluation.faithfulness import check_circuit_fits
 
-    check_circuit_fits(masked, circuit)
+    try:
+        check_circuit_fits(masked, circuit)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     found_in = circuit.model.get("name")
     if found_in is not None and _place(str(found_in)) != _place(model):
         stderr.print(
@@ -48,7 +51,8 @@ def check_source(task: str | None, data: Path | None) -> None:
     if task is not None and task not in names():
         raise InputError(f"no task {task!r}; tasks: {known}; or give a file of your own with --data PAIRS.jsonl")
     if data is not None and not data.is_file():
-        raise InputError(f"data file {data} does not exist" if not data.exists() else f"data file {data} is no file")
+        what = "is no file" if data.exists() else "does not exist"
+        raise InputError(f"data file {data} {what}; name a JSONL or CSV file of pairs")
 
 
 def load_task(

@@ -113,6 +113,7 @@ def sweep(
     running = open_sweep()
     known = None if truth is None else Truth.load(truth, running.model.graph)
     with watch(stderr) as watcher:
+        running.on_note = watcher.on_note
         on_run = _reporter(running, watcher)
         if workers > 1:
             run_in_workers(running, open_sweep, workers, on_run)

@@ -31,7 +31,7 @@ from fastcircuit.discovery.points import CleanPoint, clean_points
 from fastcircuit.discovery.scores import Scores, check_computed, node_scores
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.cache import Budgets
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.reference import OnNote, Reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
@@ -55,6 +55,7 @@ def attribute(
     seed: int = 0,
     batch_bytes: int = BATCH_BYTES,
     on_batch: OnBatch | None = None,
+    on_note: OnNote | None = None,
 ) -> Scores:
     """Score every edge and writer of ``model`` for ``task``.
 
@@ -67,6 +68,7 @@ def attribute(
         seed: of ``random``.
         batch_bytes: size of the differences held at a time; decides how many examples go together.
         on_batch: called with the examples (``exact``: edges) done and how many there are.
+        on_note: called with a line when memory runs out and less is computed at once.
 
     Raises:
         InputError: unknown method or loss, or examples without what the loss needs.
@@ -79,7 +81,7 @@ def attribute(
     loss = loss or ("logit-difference" if method == "eap" else "kl")
     examples = task.split(split)
     patching = task.split("train") if ablation == "mean" else None
-    reference = Reference(model, examples, ablation, output_bias, task.answer_tokens, patching, budgets=Budgets(0, 0))
+    reference = Reference(model, examples, ablation, output_bias, task.answer_tokens, patching, Budgets(0, 0), on_note)
     num_examples = examples_with_loss(loss, reference)
     edge, node, done = np.zeros(model.graph.num_edges), np.zeros(model.graph.num_writers), 0
     for point in clean_points(reference, loss, batch_bytes, keep_graphs=method in _AT_CLEAN):

@@ -14,7 +14,7 @@ from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity
 from fastcircuit.discovery.scores import Scores, node_scores
 from fastcircuit.errors import InputError, check_seed
 from fastcircuit.evaluation.cache import Budgets
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.reference import OnNote, Reference
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Examples, Task
 
@@ -81,6 +81,7 @@ def find(
     sparsity: float | None = None,
     edges: int | None = None,
     on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
 ) -> tuple[Circuit, Scores, np.ndarray]:
     """The circuit of a baseline, the scores it comes from, and ACDC's history (no rows for the others).
 
@@ -100,18 +101,24 @@ def find(
             settings.output_bias,
             task.answer_tokens,
             budgets=Budgets(0, 0),
+            on_note=on_note,
         )
         found = greedy.acdc(reference, _acdc_threshold(settings), _reporter(method, on_progress))
         nodes = node_scores(model.graph, found.rises)
         scores = Scores(model.graph, found.rises, nodes, settings.ablation, settings.output_bias)
         circuit = Circuit(model.graph, found.keep, ablation=settings.ablation)
         return circuit.pruned() if settings.pruned else circuit, scores, found.history
-    scores = scores_of(model, task, method, settings, on_progress)
+    scores = scores_of(model, task, method, settings, on_progress, on_note)
     return choose(scores), scores, np.zeros((0, len(greedy.COLUMNS)))
 
 
 def scores_of(
-    model: MaskedCausalLM, task: Task, method: str, settings: BaselineSettings, on_progress: OnProgress | None = None
+    model: MaskedCausalLM,
+    task: Task,
+    method: str,
+    settings: BaselineSettings,
+    on_progress: OnProgress | None = None,
+    on_note: OnNote | None = None,
 ) -> Scores:
     """The scores of an attribution on the train split."""
     return attribution.attribute(
@@ -124,6 +131,7 @@ def scores_of(
         output_bias=settings.output_bias,
         seed=settings.seed,
         on_batch=_reporter(method, on_progress),
+        on_note=on_note,
     )
 
 

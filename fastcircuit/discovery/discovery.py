@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastcircuit.circuit import Circuit
-from fastcircuit.discovery import acdc, baselines, upstream
+from fastcircuit.discovery import acdc, attribution, baselines, upstream
 from fastcircuit.discovery.baselines import BaselineSettings, OnProgress
 from fastcircuit.discovery.edge_pruning import COLUMNS, EdgePruning, Report
 from fastcircuit.discovery.execution import Execution
@@ -23,7 +23,7 @@ from fastcircuit.discovery.refine import OnRound, Refiner
 from fastcircuit.discovery.rounding import check_num_edges, edges_for_sparsity, top_circuit
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.errors import InputError, RunError
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.reference import OnNote, Reference
 from fastcircuit.files import write_atomically
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -82,7 +82,7 @@ def discover(
     on_report: Callable[[Report], None] | None = None,
     on_round: OnRound | None = None,
     on_progress: OnProgress | None = None,
-    on_note: Callable[[str], None] | None = None,
+    on_note: OnNote | None = None,
     execution: Execution | None = None,
     **changes: Any,
 ) -> Discovery:
@@ -119,12 +119,12 @@ def discover(
             raise InputError(f"method {method} has no checkpoint to resume; run it again")
         if kl_budget is not None:
             raise InputError(f"kl_budget is for edge-pruning; with {method} give edges, sparsity or a threshold")
-        return _baseline(model, task, method, settings, changes, sparsity, edges, on_progress)
+        return _baseline(model, task, method, settings, changes, sparsity, edges, on_progress, on_note)
     if isinstance(settings, BaselineSettings):
         raise InputError("edge-pruning takes Settings, not BaselineSettings")
     settings = (settings or Settings()).changed(changes)
     num_edges = _edges_wanted(model, settings, sparsity, edges, kl_budget)
-    ranking = None if resume else _warm_ranking(model, task, settings, on_progress)
+    ranking = None if resume else _warm_ranking(model, task, settings, on_progress, on_note)
     train = training_pairs(task, settings)
     choices = None if task.answer_tokens is None else len(task.answer_tokens)
     execution = planned(model, train, settings, execution or Execution(), choices, on_note)
@@ -170,13 +170,19 @@ def identity_of(model: MaskedCausalLM, task: Task) -> dict[str, Any]:
 
 
 def _warm_ranking(
-    model: MaskedCausalLM, task: Task, settings: Settings, on_progress: OnProgress | None
+    model: MaskedCausalLM,
+    task: Task,
+    settings: Settings,
+    on_progress: OnProgress | None,
+    on_note: OnNote | None,
 ) -> np.ndarray | None:
     """What a warm start ranks the edges by, ``[num_edges]``."""
     if settings.warm_start is None:
         return None
+    if settings.warm_start not in attribution.METHODS:
+        raise InputError(f"warm_start is {settings.warm_start!r}; accepted: {', '.join(attribution.METHODS)}")
     start = BaselineSettings(ablation=settings.ablation, output_bias=settings.output_bias, seed=settings.seed)
-    return baselines.scores_of(model, task, settings.warm_start, start, on_progress).ranking()
+    return baselines.scores_of(model, task, settings.warm_start, start, on_progress, on_note).ranking()
 
 
 def _baseline(
@@ -188,12 +194,13 @@ def _baseline(
     sparsity: float | None,
     edges: int | None,
     on_progress: OnProgress | None,
+    on_note: OnNote | None,
 ) -> Discovery:
     """Any method but Edge Pruning."""
     if isinstance(settings, Settings):
         raise InputError(f"method {method} takes BaselineSettings; Settings are Edge Pruning's")
     settings = (settings or BaselineSettings()).changed(changes)
-    circuit, scores, history = baselines.find(model, task, method, settings, sparsity, edges, on_progress)
+    circuit, scores, history = baselines.find(model, task, method, settings, sparsity, edges, on_progress, on_note)
     masks = Masks(torch.from_numpy(scores.edge), torch.from_numpy(scores.node))
     circuit = _described(circuit, model, task, method, settings)
     return Discovery(circuit, masks, torch.from_numpy(history), acdc.COLUMNS)

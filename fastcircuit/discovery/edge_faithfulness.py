@@ -21,6 +21,7 @@ from fastcircuit.discovery.scores import check_computed
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.cache import Budgets
 from fastcircuit.evaluation.faithfulness import check_circuit_fits, task_reference
+from fastcircuit.evaluation.reference import OnNote
 from fastcircuit.models.masked import MaskedCausalLM
 from fastcircuit.tasks.task import Task
 
@@ -84,12 +85,14 @@ def edge_faithfulness(
     split: str = "test",
     most_examples: int | None = None,
     on_batch: Callable[[int, int], None] | None = None,
+    on_note: OnNote | None = None,
 ) -> EdgeFaithfulness:
     """Measure every edge of ``circuit`` on a split.
 
     Args:
         most_examples: on so many of its examples, the first; None: on all.
         on_batch: called with the examples done and how many there are.
+        on_note: called with a line when memory runs out and less is computed at once.
 
     Raises:
         InputError: a circuit of another model, or without edges; no examples.
@@ -100,7 +103,7 @@ def edge_faithfulness(
     check_circuit_fits(model, circuit)
     if not circuit.num_edges:
         raise InputError("the circuit has no edges; there is nothing to remove")
-    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, Budgets(0, 0))
+    reference = task_reference(model, circuit.ablation, task, split, circuit.output_bias, Budgets(0, 0), on_note)
     if most_examples is not None:
         reference = reference.first(most_examples)
     of_model, of_circuit = np.zeros(circuit.graph.num_edges), np.zeros(circuit.graph.num_edges)

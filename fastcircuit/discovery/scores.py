@@ -10,7 +10,6 @@ from fastcircuit.circuit import Ablation, Circuit
 from fastcircuit.discovery.rounding import check_num_edges, top_circuit
 from fastcircuit.errors import InputError, RunError
 from fastcircuit.formats import read, score_file
-from fastcircuit.formats.conventions import describe
 from fastcircuit.graph import FINAL_READ, Graph
 
 
@@ -42,7 +41,9 @@ class Scores:
         for name, size in names.items():
             values = np.asarray(getattr(self, name), dtype=np.float64)
             if values.shape != (size,):
-                raise InputError(f"{name} scores have shape {values.shape}; this graph needs ({size},)")
+                raise InputError(
+                    f"{name} scores have shape {values.shape}; this graph needs ({size},); give scores of this model"
+                )
             object.__setattr__(self, name, values)
         check_finite(self.graph, self.edge)
         if np.isnan(self.node).any():
@@ -50,11 +51,11 @@ class Scores:
 
     def ranking(self, absolute: bool = True) -> np.ndarray:
         """What edges are ordered by, ``[num_edges]``: the score's size, or the score itself."""
-        return np.abs(self.edge) if absolute and not self.log_alpha else self.edge
+        return score_file.ranked(self.edge, absolute, self.log_alpha)
 
     def node_ranking(self, absolute: bool = True) -> np.ndarray:
         """What writers are ordered by, ``[num_writers]``."""
-        return np.abs(self.node) if absolute and not self.log_alpha else self.node
+        return score_file.ranked(self.node, absolute, self.log_alpha)
 
     def circuit(
         self,
@@ -86,9 +87,7 @@ class Scores:
 
     def top(self, edges: int, *, absolute: bool = True) -> Circuit:
         """The ``edges`` best edges and no others, whether they can matter or not; there may be 0 of them."""
-        keep = np.zeros(self.graph.num_edges, dtype=bool)
-        keep[np.argsort(-self.ranking(absolute), kind="stable")[:edges]] = True
-        return self._circuit(keep)
+        return self._circuit(score_file.best(self.ranking(absolute), edges))
 
     def node_circuit(self, nodes: int, *, absolute: bool = True, pruned: bool = True) -> Circuit:
         """The circuit of the ``nodes`` best writers: every edge that leads from one of them to another or the output.
@@ -99,9 +98,7 @@ class Scores:
         graph = self.graph
         if not 1 <= nodes <= graph.num_writers:
             raise InputError(f"nodes is {nodes}; this model has 1 to {graph.num_writers} writers to keep")
-        ranking = self.node_ranking(absolute)
-        kept = np.zeros(graph.num_writers, dtype=bool)
-        kept[np.argsort(-ranking, kind="stable")[:nodes]] = True
+        kept = score_file.best(self.node_ranking(absolute), nodes)
         readers = np.zeros(graph.num_readers, dtype=bool)
         readers[graph.reader_id(FINAL_READ)] = True
         fed_by, feeds = graph.feeds
@@ -146,7 +143,7 @@ def _of_circuit(path: str | os.PathLike[str], graph: Graph) -> score_file.ScoreF
     file = read(path, graph)
     if file.edge_scores is None:
         raise InputError(
-            f"circuit file {path} holds no scores over {describe(graph)}; give one that does, or masks.safetensors "
+            f"circuit file {path} holds no scores over {graph}; give one that does, or masks.safetensors "
             "(scores are not taken from one way to count embeddings to another: --embedding-nodes)"
         )
     return score_file.ScoreFile(file.edge_scores, file.node_scores, file.log_alpha)
@@ -163,7 +160,9 @@ def check_finite(graph: Graph, edge: np.ndarray) -> None:
     if wrong.any():
         first = int(wrong.argmax())
         writer, reader = graph.writers[graph.edge_writers[first]], graph.readers[graph.edge_readers[first]]
-        raise InputError(f"{int(wrong.sum())} edge scores are NaN, the first of {writer} -> {reader}; NaN has no rank")
+        raise InputError(
+            f"{int(wrong.sum())} edge scores are NaN, the first of {writer} -> {reader}; compute them again"
+        )
 
 
 def check_computed(graph: Graph, edge: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from fastcircuit.discovery.parameters import MaskParameters
 from fastcircuit.discovery.settings import Settings
 from fastcircuit.evaluation.metrics import kl_divergence
 from fastcircuit.evaluation.reference import Batch
+from fastcircuit.formats.score_file import best
 from fastcircuit.graph import FINAL_READ, Graph
 from fastcircuit.masks import Masks, probability_of_zero, soft_value, target_sparsity
 from fastcircuit.models.masked import MaskedCausalLM
@@ -102,9 +103,7 @@ def published_circuit(parameters: MaskParameters, num_edges: int | None, archite
         threshold = _TRACR_THRESHOLD if fixed else _bisect(edge, np.ones(graph.num_edges, dtype=bool))
         keep = (edge > threshold) & node_on[writers]
     else:
-        eligible = np.where(node_on[writers], edge, -1.0)
-        keep = np.zeros(graph.num_edges, dtype=bool)
-        keep[np.argsort(-eligible, kind="stable")[:num_edges]] = True
+        keep = best(np.where(node_on[writers], edge, -1.0), num_edges)
     return Circuit(graph, keep, ablation=parameters.settings.ablation)
 
 

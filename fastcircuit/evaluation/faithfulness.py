@@ -23,13 +23,19 @@ from fastcircuit.tasks.task import Task
 def check_circuit_fits(model: MaskedCausalLM, circuit: Circuit) -> None:
     """InputError unless ``circuit`` is of this model's graph, architecture and sizes."""
     if circuit.graph != model.graph:
-        raise InputError(f"the circuit is over {circuit.graph}; this model has {model.graph}")
+        raise InputError(f"the circuit is over {circuit.graph}; this model has {model.graph}; {_mend(circuit)}")
     own = model.about
     for key in ("architecture", "hidden_size", "vocab_size"):
         if key in circuit.model and circuit.model[key] != own[key]:
             raise InputError(
-                f"the circuit was found in another model: its {key} is {circuit.model[key]}, this model's is {own[key]}"
+                f"the circuit was found in another model: its {key} is {circuit.model[key]}, this model's is "
+                f"{own[key]}; {_mend(circuit)}"
             )
+
+
+def _mend(circuit: Circuit) -> str:
+    name = circuit.model.get("name")
+    return "run it on the model it was found in" + (f", {name}" if name else "")
 
 
 def shared_ablation(circuits: Collection[Circuit]) -> tuple[Ablation, str]:

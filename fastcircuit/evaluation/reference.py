@@ -136,9 +136,7 @@ class Reference:
 
     def batch(self, indices: Tensor) -> Batch:
         """The examples ``indices`` ``[B]``, from the cache where they are in it."""
-        examples = self.examples.select(indices)
-        packing = Packing(examples.input_ids.shape, examples.attention_mask, self.model.device)
-        token_ids = packing.pack(examples.input_ids.to(self.model.device))
+        examples, packing, token_ids = self._packed(indices)
         if bool((indices >= self.cache.num_kept).all()):
             ablated, log_probs = self._compute(examples)
         else:
@@ -157,13 +155,16 @@ class Reference:
 
     def bare_batch(self, indices: Tensor) -> Batch:
         """The examples ``indices`` without the full model's answers: for a caller that runs the full model itself."""
-        examples = self.examples.select(indices)
-        packing = Packing(examples.input_ids.shape, examples.attention_mask, self.model.device)
-        token_ids = packing.pack(examples.input_ids.to(self.model.device))
+        examples, packing, token_ids = self._packed(indices)
         nothing = torch.empty(0, device=self.model.device)
         return Batch(
             len(examples), token_ids, packing, self._ablated(examples), self._answers(examples, packing, nothing)
         )
+
+    def _packed(self, indices: Tensor) -> tuple[Examples, Packing, Tensor]:
+        examples = self.examples.select(indices)
+        packing = Packing(examples.input_ids.shape, examples.attention_mask, self.model.device)
+        return examples, packing, packing.pack(examples.input_ids.to(self.model.device))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """All examples in order, ``size`` at a time."""

@@ -18,7 +18,7 @@ from fastcircuit.errors import InputError
 from fastcircuit.files import read_json, write_json
 from fastcircuit.formats import acdc, eap_ig, edge_pruning, score_file
 from fastcircuit.formats.circuit_file import CircuitFile
-from fastcircuit.formats.conventions import describe, to_graph
+from fastcircuit.formats.conventions import to_graph
 from fastcircuit.graph import Graph
 
 __all__ = ["FORMATS", "CircuitFile", "parse", "read", "to_graph", "write"]
@@ -58,7 +58,7 @@ def _scored(file: CircuitFile, path: Path) -> CircuitFile:
         if values is not None and values.shape != (size,):
             raise InputError(
                 f"scores file {path} has {name} scores of shape {values.shape}, and the circuit beside it is over "
-                f"{describe(graph)}, which needs ({size},); it is of another circuit, move it away"
+                f"{graph}, which needs ({size},); it is of another circuit, move it away"
             )
     return replace(file, edge_scores=found.edge, node_scores=found.node, log_alpha=found.log_alpha)
 
@@ -97,6 +97,8 @@ def write(path: str | os.PathLike[str], circuit: Circuit | CircuitFile, format: 
     if format not in FORMATS:
         raise InputError(f"no circuit format {format!r}; formats: {', '.join(FORMATS)}")
     file = circuit if isinstance(circuit, CircuitFile) else CircuitFile("fastcircuit", circuit)
+    if file.format != format:
+        file = replace(file, about={})
     value = file.circuit.to_dict() if format == "fastcircuit" else _TOOLS[format].dump(file)
     written = _write_scores(score_file.beside(path), file) if format == "fastcircuit" else []
     write_json(Path(path), value, compact=format == "eap-ig")

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.errors import InputError
+from fastcircuit.formats.score_file import best, ranked
 from fastcircuit.graph import Graph
 
 
@@ -47,10 +48,7 @@ class CircuitFile:
             )
         if not 1 <= edges <= self.graph.num_edges:
             raise InputError(f"edges is {edges}; this graph has 1 to {self.graph.num_edges} edges to keep")
-        ranking = np.abs(self.edge_scores) if absolute and not self.log_alpha else self.edge_scores
-        keep = np.zeros(self.graph.num_edges, dtype=bool)
-        keep[np.argsort(-ranking, kind="stable")[:edges]] = True
-        return replace(self.circuit, keep=keep)
+        return replace(self.circuit, keep=best(ranked(self.edge_scores, absolute, self.log_alpha), edges))
 
 
 def check_scores(names: list[str], scores: np.ndarray, what: str) -> None:

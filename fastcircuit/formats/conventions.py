@@ -29,20 +29,12 @@ def to_graph(circuit: Circuit, graph: Graph) -> Circuit:
     if own == graph:
         return circuit
     if (own.num_layers, own.num_heads) != (graph.num_layers, graph.num_heads):
-        raise InputError(f"it is over {describe(own)}; this model has {describe(graph)}")
+        raise InputError(f"it is over {own}; this model has {graph}; name the model it was found in")
     blocks = []
     for site, there in zip(own.sites, graph.sites, strict=True):
         block = _embeddings(site.view(circuit.keep), own, graph, site)
         blocks.append(_heads(block, own, graph, site, there).reshape(-1))
     return dataclasses.replace(circuit, graph=graph, keep=np.concatenate(blocks))
-
-
-def describe(graph: Graph) -> str:
-    """One line that tells a graph from another."""
-    return (
-        f"{graph.num_layers} layers of {graph.num_heads} heads ({graph.num_kv_heads} key/value heads), "
-        f"embedding nodes {graph.embedding_nodes!r}"
-    )
 
 
 def _embeddings(block: np.ndarray, own: Graph, graph: Graph, site: Site) -> np.ndarray:

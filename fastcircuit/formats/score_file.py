@@ -30,6 +30,18 @@ class ScoreFile:
     seconds: float | None = None
 
 
+def ranked(scores: np.ndarray, absolute: bool, log_alpha: bool) -> np.ndarray:
+    """What scores are ordered by: their size, or (not ``absolute``, and always log-alphas) the scores themselves."""
+    return np.abs(scores) if absolute and not log_alpha else scores
+
+
+def best(ranking: np.ndarray, count: int) -> np.ndarray:
+    """Bool, True for the ``count`` that rank highest; of those alike, the first."""
+    keep = np.zeros(len(ranking), dtype=bool)
+    keep[np.argsort(-ranking, kind="stable")[:count]] = True
+    return keep
+
+
 def beside(circuit: str | os.PathLike[str]) -> Path:
     """``masks.safetensors`` for ``circuit.json``, and ``NAME.masks.safetensors`` for another ``NAME.json[.gz]``."""
     path = Path(circuit)

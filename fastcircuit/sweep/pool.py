@@ -31,7 +31,9 @@ def run_in_workers(sweep: Sweep, open_sweep: OpenSweep, workers: int, on_run: On
         pending = {pool.submit(_run_group, group): group for group in groups}
         try:
             for finished in as_completed(pending):
-                finished.result()
+                for line in finished.result():
+                    if sweep.on_note is not None:
+                        sweep.on_note(line)
                 for job in pending[finished]:
                     done += 1
                     if on_run is not None:
@@ -54,6 +56,6 @@ def _start_worker(open_sweep: OpenSweep, threads: int) -> None:
     _open_sweep[:] = [open_sweep()]
 
 
-def _run_group(group: list[Job]) -> None:
-    for job in group:
-        _open_sweep[0].run_job(job)
+def _run_group(group: list[Job]) -> list[str]:
+    """Run them; returns what was noted of them."""
+    return [line for job in group for line in _open_sweep[0].run_job(job)]

@@ -15,7 +15,7 @@ from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import BaselineSettings, Scores, attribute, discover
 from fastcircuit.errors import InputError
 from fastcircuit.evaluation.faithfulness import score, task_reference
-from fastcircuit.evaluation.reference import Reference
+from fastcircuit.evaluation.reference import OnNote, Reference
 from fastcircuit.files import read_json, write_json
 from fastcircuit.masks import Masks
 from fastcircuit.models.masked import MaskedCausalLM
@@ -32,15 +32,23 @@ class Sweep:
 
     Args:
         task_of: the task as a seed makes it.
+        on_note: called with a line, which names the run, when memory runs out and the run goes on with less at a time;
+            what is said of a run is also in its file, and in its row.
 
     Raises:
         InputError: the directory holds runs of another model or task, or with other settings.
     """
 
     def __init__(
-        self, plan: Plan, directory: str | os.PathLike[str], model: MaskedCausalLM, task_of: TaskOfSeed
+        self,
+        plan: Plan,
+        directory: str | os.PathLike[str],
+        model: MaskedCausalLM,
+        task_of: TaskOfSeed,
+        on_note: OnNote | None = None,
     ) -> None:
         self.plan, self.directory, self.model, self.task_of = plan, Path(directory), model, task_of
+        self.on_note, self._notes = on_note, list[str]()
         self.jobs = list(plan.jobs(model.graph))
         self._task: tuple[int, Task, Reference] | None = None
         self._scores: tuple[str, int, Scores] | None = None
@@ -67,10 +75,15 @@ class Sweep:
             write_json(self.directory / "plan.json", self.plan.fixed())
         return missing
 
-    def run_job(self, job: Job) -> None:
-        """Run ``job``, unless another process that works in the same directory has."""
+    def run_job(self, job: Job) -> list[str]:
+        """Run ``job``, unless another process that works in the same directory has; returns what was noted of it."""
         if not self.path(job).exists():
             self._run(job)
+        notes, self._notes = [f"{job.name}: {line}" for line in self._notes], []
+        if self.on_note is not None:
+            for line in notes:
+                self.on_note(line)
+        return notes
 
     @property
     def finished(self) -> list[Job]:
@@ -96,12 +109,13 @@ class Sweep:
             return
         circuit, seconds = self._circuit(job, task)
         metrics = score(reference, Masks.from_circuit(circuit), task=task)
+        noted = {"notes": self._notes} if self._notes else {}
         dataclasses.replace(
             circuit,
             model=self.model.about,
             task=task.name,
             metrics={self.plan.split: metrics},
-            provenance={**dataclasses.asdict(job), "seconds": seconds},
+            provenance={**dataclasses.asdict(job), "seconds": seconds, **noted},
         ).save(self.path(job))
 
     def _circuit(self, job: Job, task: Task) -> tuple[Circuit, float | None]:
@@ -113,10 +127,10 @@ class Sweep:
         started = time.perf_counter()
         if job.method == "acdc":
             baseline = BaselineSettings(threshold=job.threshold, **plan.removal)
-            circuit = discover(self.model, task, "acdc", settings=baseline).circuit
+            circuit = discover(self.model, task, "acdc", settings=baseline, on_note=self._note).circuit
         else:
             settings = plan.settings_of(job, self.model.graph)
-            circuit = discover(self.model, task, edges=job.size, settings=settings).circuit
+            circuit = discover(self.model, task, edges=job.size, settings=settings, on_note=self._note).circuit
         return circuit, time.perf_counter() - started
 
     def _attributed(self, method: str, seed: int, task: Task) -> Scores:
@@ -127,17 +141,22 @@ class Sweep:
                 scores = Scores.load(path, self.model.graph, **self.plan.removal)
             else:
                 started = time.perf_counter()
-                scores = attribute(self.model, task, method, seed=seed, **self.plan.removal)
+                scores = attribute(self.model, task, method, seed=seed, on_note=self._note, **self.plan.removal)
                 scores = dataclasses.replace(scores, seconds=time.perf_counter() - started)
                 scores.save(path)
             self._scores = method, seed, scores
         return self._scores[2]
 
+    def _note(self, line: str) -> None:
+        self._notes.append(line)
+
     def _at(self, seed: int) -> tuple[Task, Reference]:
         """The task of a seed, and what its circuits are measured against; kept until another seed is asked for."""
         if self._task is None or self._task[0] != seed:
             task = self.task_of(seed)
-            reference = task_reference(self.model, task=task, split=self.plan.split, **self.plan.removal)
+            reference = task_reference(
+                self.model, task=task, split=self.plan.split, on_note=self._note, **self.plan.removal
+            )
             self._task = seed, task, reference
         return self._task[1:]
 

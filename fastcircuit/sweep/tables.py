@@ -20,6 +20,7 @@ from fastcircuit.sweep.runner import Sweep
 def circuit_rows(sweep: Sweep, truth: Truth | None = None) -> list[dict[str, Any]]:
     """Method, seed, threshold, edges, sparsity, seconds and every metric of each finished circuit.
 
+    ``notes`` is there where memory ran out and the run went on with less at a time.
     ``seconds`` is what finding it took, None for runs from before that was kept; all sizes of an attribution share its
     scores, and have the time of those. With a known circuit also ``edges_tpr``, ``edges_fpr``, ``nodes_tpr``,
     ``nodes_fpr`` and, of the curve that the circuit is on, ``edges_auc`` and ``nodes_auc``.
@@ -38,6 +39,8 @@ def circuit_rows(sweep: Sweep, truth: Truth | None = None) -> list[dict[str, Any
             "seconds": circuit.provenance.get("seconds"),
             **circuit.metrics[sweep.plan.split],
         }
+        if "notes" in circuit.provenance:
+            row["notes"] = "; ".join(circuit.provenance["notes"])
         if truth is not None:
             key = job.method, job.seed
             if key not in curves:

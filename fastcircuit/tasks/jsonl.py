@@ -65,7 +65,7 @@ def _parse_row(line: bytes, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: unknown key {key!r}; known: {', '.join(_KNOWN)}")
     for key in _REQUIRED:
         if key not in row:
-            raise InputError(f'{where}: "{key}" is missing')
+            raise InputError(f'{where}: "{key}" is missing; every pair needs a clean and a corrupted prompt')
         if not isinstance(row[key], str):
             raise InputError(f'{where}: "{key}" is {_kind(row[key])}; give a text')
     if "split" in row and row["split"] not in SPLITS:

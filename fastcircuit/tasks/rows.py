@@ -51,6 +51,11 @@ class Encoder:
         self.task = task
         probe = self._guarded(lambda: tokenizer("a", return_special_tokens_mask=True), "a")["special_tokens_mask"]
         self._behind = len(probe) - max((i + 1 for i, special in enumerate(probe) if not special), default=0)
+        if not probe:
+            raise InputError(
+                f"task {task}: the tokenizer makes no token of 'a' (its vocabulary has {len(tokenizer)}); load the "
+                "one of the model, from its directory"
+            )
         self._front: list[int] = []
         bos = tokenizer.bos_token_id
         if begin and bos is not None and bos not in self(["a"])[0][:1]:
@@ -69,7 +74,8 @@ class Encoder:
             return call()
         except Exception as error:  # the tokenizers library raises bare Exception
             raise InputError(
-                f"task {self.task}: the tokenizer cannot encode its texts, such as {text!r}: {error}"
+                f"task {self.task}: the tokenizer cannot encode its texts, such as {text!r}: {error}; use the "
+                "tokenizer of another model"
             ) from error
 
     def lengths(self, words: Sequence[str], before: str = "to") -> dict[str, int]:

@@ -75,7 +75,9 @@ def encode(tokenizer: Any, marked: Marked, where: str) -> Encoded:
     try:
         encoding = tokenizer(marked.text, return_offsets_mapping=True, return_special_tokens_mask=True)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"{where}: the tokenizer cannot encode {marked.text!r}: {error}") from error
+        raise InputError(
+            f"{where}: the tokenizer cannot encode {marked.text!r}: {error}; reword it, or use another model"
+        ) from error
     special = encoding["special_tokens_mask"]
     offsets = [None if s else tuple(o) for o, s in zip(encoding["offset_mapping"], special, strict=True)]
     ids = tuple(encoding["input_ids"])

@@ -328,5 +328,5 @@ def test_a_warm_start_is_resumed_and_recorded(model, tmp_path):
     assert torch.equal(whole.masks.edge, again.masks.edge)
     assert whole.circuit.provenance["settings"]["warm_start"] == "eap-ig"
     assert not torch.equal(whole.masks.edge, discover(model, task, edges=20, settings=QUICK).masks.edge)
-    with pytest.raises(InputError, match="no method 'magic'; attribution methods are eap"):
+    with pytest.raises(InputError, match="warm_start is 'magic'; accepted: eap, eap-ig, "):
         discover(model, task, edges=20, settings=QUICK, warm_start="magic")

@@ -171,7 +171,7 @@ def test_metrics_by_hand():
 
 
 def test_circuits_of_other_models_are_refused(model):
-    with pytest.raises(InputError, match="this model has"):
+    with pytest.raises(InputError, match=r"is over \d+ layers of \d+ heads .* this model has .* it was found in"):
         evaluate(model, Circuit.full(Graph(2, 2, 2)), make_task())
     with pytest.raises(InputError, match="hidden_size is 99, this model's is 24"):
         evaluate(model, Circuit.full(model.graph, model={"hidden_size": 99}), make_task())

@@ -84,6 +84,25 @@ def test_the_best_edges(real):
         CircuitFile("acdc", real.circuit).top(5)
 
 
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("via", FORMATS)
+def test_a_file_of_every_tool_goes_to_every_tool(tmp_path, via, to):
+    file = CircuitFile("fastcircuit", random_circuit(JOINT))
+    for step, format in enumerate((via, to)):
+        path = tmp_path / f"{step}.json"
+        write(path, file, format)
+        found = read(path, JOINT)
+        assert np.array_equal(found.circuit.keep, file.circuit.keep)
+        about = {"architecture": "gpt2"}  # most tools do not keep it
+        file = dataclasses.replace(found, circuit=dataclasses.replace(found.circuit, model=about))
+    assert file.format == to
+
+
+def test_a_real_file_goes_to_acdc(real, tmp_path):
+    write(tmp_path / "acdc.json", real, "acdc")
+    assert np.array_equal(read(tmp_path / "acdc.json", GPT2).circuit.keep, real.circuit.keep)
+
+
 def test_the_full_form_comes_back(tmp_path):
     value = full_form(JOINT)
     (tmp_path / "in.json").write_text(json.dumps(value))

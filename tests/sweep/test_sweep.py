@@ -1,18 +1,23 @@
 """Sweeps: which runs a plan has, that a stopped one goes on, tables and plots."""
 
 import csv
+import dataclasses
 import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fastcircuit.circuit import Circuit
 from fastcircuit.discovery import discover, preset
 from fastcircuit.discovery.presets import edge_target
 from fastcircuit.errors import InputError
+from fastcircuit.evaluation.reference import Reference
 from fastcircuit.graph import Graph
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.sweep import pool
 from fastcircuit.sweep.plan import METHODS, Plan
 from fastcircuit.sweep.plots import extraction_panels
 from fastcircuit.sweep.recovery import curve_through
@@ -100,9 +105,9 @@ def test_targets_are_those_that_reruns_of_the_published_code_ended_near():
 def test_a_sweep_trains_with_the_target_of_each_size(model, tmp_path, monkeypatch):
     trained = []
 
-    def train(*_, edges, settings):
+    def train(*_, edges, settings, on_note):
         trained.append((edges, settings.edge_target, settings.steps))
-        return discover(*_, edges=edges, settings=settings)
+        return discover(*_, edges=edges, settings=settings, on_note=on_note)
 
     monkeypatch.setattr("fastcircuit.sweep.runner.discover", train)
     settings = preset("ioi").changed({"steps": 3, "batch_size": 4})
@@ -145,6 +150,44 @@ def test_a_stopped_sweep_goes_on(model, tmp_path):
     assert all(row["seconds"] > 0 for row in rows)
     eap = [row["seconds"] for row in rows if (row["method"], row["seed"]) == ("eap-ig", 0)]
     assert len(set(eap)) == 1  # all sizes are cut from one set of scores
+
+
+@pytest.mark.parametrize("method", ["eap-ig", "edge-pruning", "acdc"])
+def test_running_out_of_memory_is_said_and_kept(model, tmp_path, monkeypatch, method):
+    whole, notes = Reference._compute, []
+
+    def compute(self, examples):
+        if len(examples) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return whole(self, examples)
+
+    plan = dataclasses.replace(PLAN, methods=(method,), sparsities=(0.8,), seeds=(0,))
+    monkeypatch.setattr(Reference, "_compute", compute)
+    halved = sweep(model, tmp_path, plan)
+    halved.on_note = notes.append
+    halved.run()
+    (job,) = halved.jobs
+    assert notes
+    assert all(line.startswith(f"{job.name}: out of memory in the full model: going on with about ") for line in notes)
+    (row,) = circuit_rows(halved)
+    assert row["notes"] == "; ".join(line.removeprefix(f"{job.name}: ") for line in notes)
+    monkeypatch.setattr(Reference, "_compute", whole)
+    unhurt = sweep(model, tmp_path / "unhurt", plan)
+    unhurt.run()
+    assert "notes" not in circuit_rows(unhurt)[0]
+
+
+def test_a_worker_hands_its_notes_back(model, tmp_path, monkeypatch):
+    plan = dataclasses.replace(PLAN, methods=("random",), sparsities=(0.8, 0.9), seeds=(0,))
+    worker = sweep(model, tmp_path, plan)
+
+    def less(job, task):
+        worker._note("less at a time")
+        return Circuit(model.graph, np.ones(model.graph.num_edges, dtype=bool)), 1.0
+
+    monkeypatch.setattr(worker, "_circuit", less)
+    monkeypatch.setattr(pool, "_open_sweep", [worker])
+    assert pool._run_group(worker.jobs) == [f"{job.name}: less at a time" for job in worker.jobs]
 
 
 def test_a_directory_holds_one_model_and_task(model, tmp_path):

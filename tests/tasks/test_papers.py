@@ -288,6 +288,14 @@ def test_a_tokenizer_a_task_does_not_fit_is_one_clear_line(name, tokenizer, requ
         load_task(name, tiny, sizes=SMALL)
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_a_tokenizer_without_a_vocabulary(name):
+    """What ``GPT2TokenizerFast(vocab_file=...)`` makes of a keyword it does not know."""
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with pytest.raises(InputError, match=rf"task {name}: the tokenizer makes no token of 'a' \(its vocabulary has 0\)"):
+        load_task(name, bare, sizes=SMALL)
+
+
 def test_the_word_that_is_split_is_named(stories):
     with pytest.raises(InputError, match=r"splits the answer '(True|False)' into \d tokens after"):
         load_task("boolean-few-shot", stories, sizes=SMALL)
