@@ -250,7 +250,7 @@ def test_other_methods(shelf, run, method):
         (["--method", "eap-ig", "--edges", "100000"], "edges to keep"),
         (["--method", "eap-ig", "--preset", "ioi"], "presets are of edge-pruning"),
         (["--method", "eap"], "use loss nll"),
-        (["--warm-start", "magic"], "attribution methods are eap"),
+        (["--warm-start", "magic"], "warm_start is 'magic'; accepted: eap, eap-ig"),
         (["--nodes", "3"], "no setting 'nodes'"),
         (["--method", "eap", "--dry-run"], "--dry-run is for edge-pruning, which takes steps; with method eap leave"),
         (["--method", "acdc", "--micro-batch", "2"], "--micro-batch is for edge-pruning"),
