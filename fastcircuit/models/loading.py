@@ -68,7 +68,7 @@ def shapes_of_model(name: str, dtype: str = "float32", embedding_nodes: Embeddin
     except InputError:
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise InputError(f"cannot load model {name!r}: {first_line(error)}{_elsewhere(path)}") from error
     return MaskedCausalLM(model, embedding_nodes)
 
 
@@ -105,7 +105,7 @@ def read_model(name: str, **kwargs: Any) -> Any:
     except InputError:
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(f"cannot load model {name!r}: {reason_of(error)}") from error
+        raise InputError(f"cannot load model {name!r}: {reason_of(error)}{_elsewhere(path)}") from error
     model, report = loaded
     check_all_loaded(report, f"model {name!r}")
     _check_all_used(report, model, f"model {name!r}")
@@ -158,6 +158,13 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, SafetensorError):
         return f"its safetensors file is damaged or cut short ({first_line(error)}); copy it again"
     return first_line(error)
+
+
+def _elsewhere(path: str) -> str:
+    """Where else a model that is no directory may come from."""
+    if Path(path).is_dir():
+        return ""
+    return f" Accepted: a shipped model ({', '.join(zoo.names())}), a directory, or a name on the Hugging Face hub"
 
 
 def locate(name: str) -> str:

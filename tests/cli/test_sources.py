@@ -15,7 +15,10 @@ from tests.cli.calls import WORDS, save_tiny
 BAD_CALLS = {
     # what: the command, exit code 2; what the line says
     "no model": ("discover", "Missing argument"),
-    "unknown model": ("discover no-such-model --task pronoun", "cannot load model 'no-such-model'"),
+    "unknown model": (
+        "discover no-such-model --task pronoun",
+        "Accepted: a shipped model (induction-gpt2, stories260K",
+    ),
     "path to no model": ("discover ./nothing --task pronoun", "no such model directory: ./nothing"),
     "weights to no model": ("discover a.safetensors --task pronoun", "no such model directory: a.safetensors"),
     "file as model": ("discover {shelf}/pairs.jsonl --task pronoun", "is a file; name the directory"),
