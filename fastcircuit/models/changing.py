@@ -6,6 +6,7 @@ masked or differentiated at such tokens; later ones only attend to them, to keys
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class Changing:
         """
         query, key, value = projected
         nothing = query.new_zeros(query.shape[0], len(self.others), query.shape[2])
-        order = torch.cat([self.others, self.tokens]).argsort()
         pairs = ((nothing, query), (fixed[0], key), (fixed[1], value))
-        return tuple(torch.cat(pair, dim=1).index_select(1, order) for pair in pairs)
+        return tuple(torch.cat(pair, dim=1).index_select(1, self._order) for pair in pairs)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where every token is among the others and then those that can change, ``[T]``."""
+        return torch.cat([self.others, self.tokens]).argsort()
