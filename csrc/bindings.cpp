@@ -18,7 +18,7 @@ using namespace fastcircuit;
 
 namespace {
 
-const char* const kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
+const char* const kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // How many rows follow each other, the distance between such groups, and between the rows of one.
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
@@ -160,7 +160,7 @@ void run_attention_backward(int isa, int threads, int dtype, const Sizes& sizes,
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx})
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
     if (can_run(isa)) names.push_back(kIsaNames[int(isa)]);
   return names;
 }
