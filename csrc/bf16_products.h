@@ -52,7 +52,7 @@ struct Products<Bf16> {
   using Dot = Bf16;
   using Copy = PairedPanelCopy;
   using Parts = int;
-  static constexpr int kDotLanes = kInner;
+  static constexpr int kDotLanes = kInner, kDotTile = kInner;  // one register: GCC would unroll two, and spill
 
   static int64_t steps(int64_t rows) { return (rows + 1) / 2; }
 
@@ -82,10 +82,12 @@ FC_INLINE void store_tile_row(Bf16* to, const Vec<float> (&row)[kVecs]) {
   }
 }
 
-// Two copies: pairs of readers [tile][pair][kTile] for the stream's gradient, rows [tile][reader][kTile] for the mask's.
+// Two copies: pairs of readers [tile][pair][kTile] for the stream's gradient, [step][reader][kInner] for the mask's.
 template <>
 class GradReads<Bf16> {
  public:
+  static constexpr int64_t kMostBytes = 384 * 1024;  // the columns take half the time, and summing lanes after them as long
+
   static int64_t bytes(int64_t readers, int64_t columns) {
     return columns * (Products<Bf16>::steps(readers) * int64_t(sizeof(Pair)) + readers * int64_t(sizeof(Bf16)));
   }
@@ -104,9 +106,9 @@ class GradReads<Bf16> {
       const Bf16* x = static_cast<const Bf16*>(p_.grad_reads) + begin + c;
       if (p_.grad_stream) Products<Bf16>::pack_edge(x, p_.grad_reads_stride, p_.readers, width - c, pairs);
       pairs += Products<Bf16>::steps(p_.readers) * kTile<float>;
-      for (int64_t r = 0; r < p_.readers; ++r, x += p_.grad_reads_stride, rows += kTile<float>)
-        for (int64_t i = 0; i < kTile<float>; i += kInner)
-          _mm512_store_si512(rows + i, load_32(x + i, width - c - i));
+      for (int64_t i = 0; p_.grad_mask && i < kTile<float>; i += kInner)
+        for (int64_t r = 0; r < p_.readers; ++r, rows += kInner)
+          _mm512_store_si512(rows, load_32(x + r * p_.grad_reads_stride + i, width - c - i));
     }
   }
 

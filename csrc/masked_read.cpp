@@ -45,10 +45,18 @@ double mask_value(const void* mask, Dtype dtype, int64_t at) {
   return value;
 }
 
-// In how many bfloat16 parts the mask is multiplied, where it is.
+// In how many bfloat16 parts the mask has to be multiplied: masks of a circuit, all 0 or 1, are one whatever their type.
 template <class P>
 int parts_needed(const P& p, Dtype result) {
-  return mask_parts(p.mask_dtype, result);
+  const int most = mask_parts(p.mask_dtype, result);
+  int needed = 1;
+  for (int64_t r = 0; r < p.readers; ++r)
+    for (int64_t w = 0; w < p.writers && needed < most; ++w) {
+      Bf16 parts[kMaxParts];
+      split(float(mask_value(p.mask, p.mask_dtype, r * p.mask_stride_reader + w * p.mask_stride_writer)), parts);
+      while (needed < most && parts[needed].bits != 0) ++needed;
+    }
+  return needed;
 }
 
 void set_mask_value(void* mask, Dtype dtype, int64_t at, double value) {
@@ -144,7 +152,7 @@ void for_column_ranges(int threads, int ranges, int64_t columns, int64_t tile, c
 void masked_read(ReadParams p) {
   if (p.readers == 0 || p.columns == 0) return;
   const Kernels& k = kernels_for(p.isa, p.readers, p.dtype, p.dtype);
-  p.mask_parts = parts_needed(p, p.dtype);
+  p.mask_parts = k.in_pairs ? parts_needed(p, p.dtype) : 1;
   const Panels panels(k, p, p.readers, p.mask_stride_reader, p.writers, p.mask_stride_writer);
   const int64_t tiles = (p.columns + k.tile_columns - 1) / k.tile_columns;
   const int threads = useful_threads(p.threads, p.readers * (p.writers + 1) * p.columns, tiles);
@@ -163,7 +171,7 @@ void masked_read_backward(BackwardParams p) {
     return;
   }
   const Kernels& k = kernels_for(p.isa, p.readers, p.dtype, p.grad_stream_dtype);
-  p.mask_parts = parts_needed(p, p.grad_stream_dtype);
+  p.mask_parts = k.in_pairs ? parts_needed(p, p.grad_stream_dtype) : 1;
   const Panels panels(k, p, p.writers, p.mask_stride_writer, p.readers, p.mask_stride_reader);
   const int64_t tiles = (p.columns + k.tile_columns - 1) / k.tile_columns;
   const int threads = useful_threads(p.threads, 2 * (p.readers + 1) * p.writers * p.columns, tiles);

@@ -16,13 +16,11 @@ constexpr int kDotReaders = 4, kDotWriters = 3;
 constexpr int kDotReaders = 2, kDotWriters = 4;
 #endif
 
-constexpr int64_t kGradReadsBytes = 192 * 1024;
-
 // Columns of a tile: wide enough that summing lanes at its end is cheap, narrow enough that grad_reads stays near.
 template <class S, class A = typename Traits<S>::Accumulate>
 int64_t wide_tile(int64_t readers) {
   int64_t tiles = 4;
-  while (tiles < 32 && GradReads<S>::bytes(readers, 2 * tiles * kTile<A>) <= kGradReadsBytes) tiles *= 2;
+  while (tiles < 32 && GradReads<S>::bytes(readers, 2 * tiles * kTile<A>) <= GradReads<S>::kMostBytes) tiles *= 2;
   return tiles * kTile<A>;
 }
 
@@ -57,9 +55,6 @@ FC_INLINE void grad_tile_rows(int64_t rows, const F* z, const F* x, int64_t step
   }
 }
 
-template <class S>
-constexpr int kDotTile = kTile<typename Products<S>::A>;  // columns
-
 // total[i] = the sum of the lanes of acc[i].
 template <class A, int N>
 FC_INLINE void sum_accumulators(Vec<A>* acc, A* total) {
@@ -78,7 +73,7 @@ FC_INLINE void dot_block(const X* x, int64_t readers, const S* d, int64_t stride
                          Prefetch& prefetch) {
   using A = typename Products<S>::A;
   using Factor = typename Products<S>::Factor;
-  constexpr int kPairs = Readers * Writers, kLanes = Products<S>::kDotLanes;
+  constexpr int kPairs = Readers * Writers, kDotLanes = Products<S>::kDotLanes, kDotTile = Products<S>::kDotTile;
   const S* rows[Writers];
   for (int j = 0; j < Writers; ++j) rows[j] = d + j * stride;
   Vec<A> acc[Readers][Writers];
@@ -87,12 +82,12 @@ FC_INLINE void dot_block(const X* x, int64_t readers, const S* d, int64_t stride
   Prefetch ahead = prefetch;
   for (int64_t t = 0; t < tiles; ++t) {
 #pragma GCC unroll 1
-    for (int c = 0; c < kDotTile<S>; c += kLanes) {
+    for (int c = 0; c < kDotTile; c += kDotLanes) {
       ahead.step();
       Vec<Factor> xi[Readers];
-      for (int i = 0; i < Readers; ++i) xi[i] = Products<S>::load_dot(x + (t * readers + i) * kDotTile<S> + c);
+      for (int i = 0; i < Readers; ++i) xi[i] = Products<S>::load_dot(x + (t * readers + i) * kDotTile + c);
       for (int j = 0; j < Writers; ++j) {
-        const Vec<Factor> dj = Products<S>::load_row(rows[j] + t * kDotTile<S> + c);
+        const Vec<Factor> dj = Products<S>::load_row(rows[j] + t * kDotTile + c);
         for (int i = 0; i < Readers; ++i) Products<S>::add(acc[i][j], xi[i], dj);
       }
     }
@@ -110,10 +105,10 @@ void dot_rows(int64_t writers, const X* x, int64_t readers, const S* d, int64_t 
   if (writers == Writers) {
     int64_t r = 0;
     for (; r + kDotReaders <= readers; r += kDotReaders)
-      dot_block<S, kDotReaders, Writers>(x + r * kDotTile<S>, readers, d, stride, tiles, sums + r * Writers,
+      dot_block<S, kDotReaders, Writers>(x + r * Products<S>::kDotTile, readers, d, stride, tiles, sums + r * Writers,
                                          next_d.done() ? next_x : next_d);
     for (; r < readers; ++r)
-      dot_block<S, 1, Writers>(x + r * kDotTile<S>, readers, d, stride, tiles, sums + r * Writers,
+      dot_block<S, 1, Writers>(x + r * Products<S>::kDotTile, readers, d, stride, tiles, sums + r * Writers,
                                next_d.done() ? next_x : next_d);
   } else if constexpr (Writers > 1) {
     dot_rows<S, Writers - 1>(writers, x, readers, d, stride, tiles, sums, next_d, next_x);
@@ -180,8 +175,9 @@ struct Backward {
                     int64_t g_stride, int64_t rows, int64_t tiles, double* sums, Prefetch& next_d, Prefetch& next_g,
                     Prefetch& next_x) {
     const RowBlocks groups(rows, kDotWriters);
+    const int64_t dot_tiles = tiles * (kTile<A> / Products<S>::kDotTile);
     for (int64_t i = 0; sums && i < groups.count; ++i)
-      dot_rows<S>(groups.rows(i), x.dots(), p.readers, d + groups.begin(i) * d_stride, d_stride, tiles,
+      dot_rows<S>(groups.rows(i), x.dots(), p.readers, d + groups.begin(i) * d_stride, d_stride, dot_tiles,
                   sums + groups.begin(i) * p.readers, next_d, next_x);
     const typename Products<S>::Parts parts(p.mask_parts);
     for (int64_t t = 0; g && t < tiles; ++t)

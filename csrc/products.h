@@ -13,7 +13,7 @@ struct Products {
   using Factor = A;  // of the mask, and of a panel: one step of a product is a factor of each
   using Dot = A;     // of grad_reads, where it is multiplied by the stream
   using Copy = PanelCopy<S>;
-  static constexpr int kDotLanes = Simd<A>::kLanes;
+  static constexpr int kDotLanes = Simd<A>::kLanes, kDotTile = kTile<A>;  // columns: of a register, and side by side
 
   // How many factors a step's number of the mask is the sum of.
   struct Parts {
@@ -48,6 +48,7 @@ template <class S>
 class GradReads {
  public:
   using A = typename Traits<S>::Accumulate;
+  static constexpr int64_t kMostBytes = 192 * 1024;  // so many stay near
 
   static int64_t bytes(int64_t readers, int64_t columns) { return readers * columns * int64_t(sizeof(A)); }
 
