@@ -17,9 +17,9 @@ NOTE = "build_note.txt"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 VARIANTS = {"portable": (16, []), "avx2": (32, ["-mavx2", "-mfma"])}
 VARIANTS["avx512"] = (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"])
-# What not every compiler knows: sources of masked_read in bfloat16, by instruction set.
-BF16 = {"avx512_bf16": ("masked_read_bf16", [*VARIANTS["avx512"][1], "-mavx512bf16"])}
-BF16["amx"] = ("masked_read_amx", [*BF16["avx512_bf16"][1], "-mamx-tile", "-mamx-bf16"])
+# What not every compiler knows: bfloat16 products, their sources and flags by instruction set.
+BF16 = {"avx512_bf16": (["masked_read_bf16", "peak_bf16"], [*VARIANTS["avx512"][1], "-mavx512bf16"])}
+BF16["amx"] = (["masked_read_amx"], [*BF16["avx512_bf16"][1], "-mamx-tile", "-mamx-bf16"])
 BF16["amx"][1].extend(["-Wno-uninitialized", "-Wno-maybe-uninitialized"])  # GCC 12 warns of its own intrinsics
 
 
@@ -50,13 +50,13 @@ def ninja_rules(cxx: list[str], openmp: list[str], bf16: list[str], target: Path
     variants = VARIANTS if x86 else {"portable": VARIANTS["portable"]}
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     jobs = {"bindings": ("bindings", include)}
-    for op in ("masked_read", "norm", "norm_projection", "packed_attention"):
+    for op in ("masked_read", "norm", "norm_projection", "packed_attention", "peak"):
         jobs[op] = (op, [])
         for name, (size, flags) in variants.items():
             jobs[f"{op}_{name}"] = (f"{op}_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
     for name in bf16:
-        source, flags = BF16[name]
-        jobs[source] = (source, [f"-DFC_ISA={name}", "-DFC_VECTOR_BYTES=64", *flags])
+        sources, flags = BF16[name]
+        jobs.update({s: (s, [f"-DFC_ISA={name}", "-DFC_VECTOR_BYTES=64", *flags]) for s in sources})
     shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else []), *(f"-DFC_{name.upper()}" for name in bf16)]
     lines = ["ninja_required_version = 1.5"]
     lines += [f"rule cc\n  command = {shlex.join([*cxx, *shared])} $flags -MMD -MF $out.d -c $in -o $out"]

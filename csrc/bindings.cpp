@@ -12,6 +12,7 @@
 #include "norm.h"
 #include "norm_projection.h"
 #include "packed_attention.h"
+#include "peak.h"
 
 namespace py = pybind11;
 using namespace fastcircuit;
@@ -158,6 +159,10 @@ void run_attention_backward(int isa, int threads, int dtype, const Sizes& sizes,
   packed_attention_backward(p);
 }
 
+double run_multiply_adds(int isa, int threads, int dtype, int64_t rounds) {
+  return multiply_adds(Isa(isa), threads, Dtype(dtype), rounds);
+}
+
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
   for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
@@ -177,6 +182,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("norm_projection_backward", &run_norm_projection_backward, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention", &run_attention, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention_backward", &run_attention_backward, py::call_guard<py::gil_scoped_release>());
+  module.def("multiply_adds", &run_multiply_adds, py::call_guard<py::gil_scoped_release>());
   module.def("runnable_isas", &runnable_isas, "Instruction sets this machine can run, slowest first.");
 #ifdef _OPENMP
   module.attr("openmp") = true;
