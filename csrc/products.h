@@ -31,6 +31,7 @@ struct Products {
   }
 };
 
+// A row of a tile of sums to memory.
 template <bool Around, class S, class V>
 FC_INLINE void store_tile_row(S* to, const V (&row)[kVecs]) {
   for (int v = 0; v < kVecs; ++v) {
