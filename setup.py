@@ -17,8 +17,10 @@ NOTE = "build_note.txt"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
 VARIANTS = {"portable": (16, []), "avx2": (32, ["-mavx2", "-mfma"])}
 VARIANTS["avx512"] = (64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"])
-AMX = ["-DFC_ISA=amx", "-DFC_VECTOR_BYTES=64", *VARIANTS["avx512"][1], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-AMX += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics
+# What not every compiler knows: bfloat16 products, their sources and flags by instruction set.
+BF16 = {"avx512_bf16": (["masked_read_bf16", "peak_bf16"], [*VARIANTS["avx512"][1], "-mavx512bf16"])}
+BF16["amx"] = (["masked_read_amx"], [*BF16["avx512_bf16"][1], "-mamx-tile", "-mamx-bf16"])
+BF16["amx"][1].extend(["-Wno-uninitialized", "-Wno-maybe-uninitialized"])  # GCC 12 warns of its own intrinsics
 
 
 def compiler() -> list[str]:
@@ -39,7 +41,7 @@ def compiles(cxx: list[str], flags: list[str], work: Path) -> str | None:
     return None if done.returncode == 0 else f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}"
 
 
-def ninja_rules(cxx: list[str], openmp: list[str], amx: bool, target: Path) -> str:
+def ninja_rules(cxx: list[str], openmp: list[str], bf16: list[str], target: Path) -> str:
     """The build.ninja text: kernels once per instruction set, the rest once, one link."""
     import pybind11
 
@@ -48,13 +50,14 @@ def ninja_rules(cxx: list[str], openmp: list[str], amx: bool, target: Path) -> s
     variants = VARIANTS if x86 else {"portable": VARIANTS["portable"]}
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     jobs = {"bindings": ("bindings", include)}
-    for op in ("masked_read", "norm", "norm_projection", "packed_attention", "mlp"):
+    for op in ("masked_read", "norm", "norm_projection", "packed_attention", "mlp", "peak"):
         jobs[op] = (op, [])
         for name, (size, flags) in variants.items():
             jobs[f"{op}_{name}"] = (f"{op}_kernels", [f"-DFC_ISA={name}", f"-DFC_VECTOR_BYTES={size}", *flags])
-    if amx:
-        jobs["masked_read_amx"] = ("masked_read_amx", AMX)
-    shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else []), *(["-DFC_AMX"] if amx else [])]
+    for name in bf16:
+        sources, flags = BF16[name]
+        jobs.update({s: (s, [f"-DFC_ISA={name}", "-DFC_VECTOR_BYTES=64", *flags]) for s in sources})
+    shared = [*COMMON, *openmp, *(["-DFC_X86_VARIANTS"] if x86 else []), *(f"-DFC_{name.upper()}" for name in bf16)]
     lines = ["ninja_required_version = 1.5"]
     lines += [f"rule cc\n  command = {shlex.join([*cxx, *shared])} $flags -MMD -MF $out.d -c $in -o $out"]
     lines[-1] += "\n  depfile = $out.d\n  deps = gcc"
@@ -92,8 +95,10 @@ class NinjaBuild(build_ext):
         if failure is None:
             missing_openmp = compiles(cxx, ["-fopenmp"], work)
             openmp = [] if missing_openmp else ["-fopenmp"]
-            amx = sys.platform == "linux" and compiles(cxx, AMX, work) is None
-            (work / "build.ninja").write_text(ninja_rules(cxx, openmp, amx, target))
+            bf16 = [name for name, (_, flags) in BF16.items() if compiles(cxx, flags, work) is None]
+            if sys.platform != "linux" and "amx" in bf16:  # whose kernel is asked for them
+                bf16.remove("amx")
+            (work / "build.ninja").write_text(ninja_rules(cxx, openmp, bf16, target))
             failure = ninja_fails(work)
             note = failure or (f"no OpenMP, so one thread only: {missing_openmp}" if missing_openmp else "")
         if failure is not None:

@@ -4,14 +4,13 @@
 
 #include <immintrin.h>
 
-#include "simd.h"
+#include "bf16.h"
+#include "mask_parts.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 16 * 64;
-constexpr int64_t kSums = 16;   // float32 in a tile's row
-constexpr int64_t kInner = 32;  // numbers summed over by one product, and bfloat16 in a row
 
 // The compiler does not know that a tile load reads memory: what was stored for it must be stored before this.
 FC_INLINE void before_tile_loads() { asm volatile("" ::: "memory"); }
@@ -48,43 +47,6 @@ struct EqualBlocks {
   }
 };
 
-// 32 numbers, or the first `count` and zeros.
-FC_INLINE __m512i load_32(const Bf16* p, int64_t count = kInner) {
-  if (count >= kInner) return _mm512_loadu_si512(p);
-  return count <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16((1u << count) - 1, p);
-}
-
-FC_INLINE void store_32(Bf16* p, __m512i v, int64_t count) {
-  if (count >= kInner) return _mm512_storeu_si512(p, v);
-  _mm512_mask_storeu_epi16(p, (1u << count) - 1, v);
-}
-
-// The same as float32: the first 16, and the others.
-FC_INLINE void load_wide(const Bf16* p, int64_t count, __m512& low, __m512& high) {
-  Bf16 some[kInner];
-  if (count < kInner) {
-    _mm512_storeu_si512(some, load_32(p, count));
-    p = some;
-  }
-  low = (__m512)Traits<Bf16>::load(p), high = (__m512)Traits<Bf16>::load(p + kSums);
-}
-
-FC_INLINE __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-// Two rows of the index summed over as a row of two right factors: 16 pairs each.
-struct Pairs {
-  __m512i half[2];
-};
-
-FC_INLINE Pairs pair_up(__m512i first, __m512i second) {
-  alignas(64) static constexpr uint16_t kOrder[] = {
-      0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-      11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-  return {{_mm512_permutex2var_epi16(first, _mm512_load_si512(kOrder), second),
-           _mm512_permutex2var_epi16(first, _mm512_load_si512(kOrder + 32), second)}};
-}
-
 // to[row][lane] = from[lane][row], 16 x 16 lanes of 32 bits.
 inline void transpose(const __m512i (&from)[16], __m512i* to) {
   __m512i a[16], b[16];
@@ -105,24 +67,6 @@ inline void transpose(const __m512i (&from)[16], __m512i* to) {
     _mm512_store_si512(to + 4 + i, _mm512_shuffle_i32x4(high, high2, 0x88));
     _mm512_store_si512(to + 8 + i, _mm512_shuffle_i32x4(low, low2, 0xdd));
     _mm512_store_si512(to + 12 + i, _mm512_shuffle_i32x4(high, high2, 0xdd));
-  }
-}
-
-// A float32 as the sum of bfloat16 parts: one is enough for a bfloat16, two are closer than a bfloat16 result can
-// tell, three are all of it (below 2^-110 the last ones are lost).
-constexpr int kMaxParts = 3;
-
-inline int mask_parts(Dtype mask, Dtype result) { return mask == Dtype::bf16 ? 1 : result == Dtype::bf16 ? 2 : 3; }
-
-inline void split(float value, Bf16 (&parts)[kMaxParts]) {
-  for (Bf16& part : parts) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits = (bits + 0x8000) & 0xffff0000;
-    part.bits = uint16_t(bits >> 16);
-    float rounded;
-    std::memcpy(&rounded, &bits, sizeof rounded);
-    value -= rounded;
   }
 }
 

@@ -13,13 +13,14 @@
 #include "norm.h"
 #include "norm_projection.h"
 #include "packed_attention.h"
+#include "peak.h"
 
 namespace py = pybind11;
 using namespace fastcircuit;
 
 namespace {
 
-const char* const kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
+const char* const kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // How many rows follow each other, the distance between such groups, and between the rows of one.
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
@@ -179,9 +180,13 @@ void run_mlp(bool backward, int isa, int threads, int dtype, int activation,
   backward ? mlp_backward(p) : mlp(p);
 }
 
+double run_multiply_adds(int isa, int threads, int dtype, int64_t rounds) {
+  return multiply_adds(Isa(isa), threads, Dtype(dtype), rounds);
+}
+
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx})
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
     if (can_run(isa)) names.push_back(kIsaNames[int(isa)]);
   return names;
 }
@@ -200,6 +205,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("packed_attention", &run_attention, py::call_guard<py::gil_scoped_release>());
   module.def("packed_attention_backward", &run_attention_backward, py::call_guard<py::gil_scoped_release>());
   module.def("is_intel", &is_intel, "Whether the processor is one of Intel's.");
+  module.def("multiply_adds", &run_multiply_adds, py::call_guard<py::gil_scoped_release>());
   module.def("runnable_isas", &runnable_isas, "Instruction sets this machine can run, slowest first.");
 #ifdef _OPENMP
   module.attr("openmp") = true;

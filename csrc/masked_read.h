@@ -10,6 +10,7 @@ namespace fastcircuit {
 // Strides are in elements. Rows are contiguous; only the distance between them is free.
 struct ReadParams {
   Dtype dtype, mask_dtype;
+  int mask_parts;  // set by masked_read: of every number of the mask, where it is multiplied in pairs
   int64_t readers, writers, columns;
   const void* stream;
   int64_t stream_stride;
@@ -24,6 +25,7 @@ struct ReadParams {
 
 struct BackwardParams {
   Dtype dtype, mask_dtype, grad_stream_dtype;
+  int mask_parts;  // as above
   int64_t readers, writers, columns;
   const void* grad_reads;
   int64_t grad_reads_stride;
@@ -49,11 +51,11 @@ struct RowBlocks {
   int64_t rows(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-void masked_read(const ReadParams& params);
-void masked_read_backward(const BackwardParams& params);
+void masked_read(ReadParams params);
+void masked_read_backward(BackwardParams params);
 
 // What one thread does to columns [begin, end). `panels` is the mask in the order the tiles read it, in the
-// accumulation type; `scratch` has the size the matching *_scratch function asks for, 64-byte aligned.
+// accumulation type or in pairs of bfloat16; `scratch` has the size the matching *_scratch function asks for, 64-byte aligned.
 using ReadRange = void (*)(const ReadParams&, const void* panels, void* scratch, int64_t begin, int64_t end);
 using BackwardRange = void (*)(const BackwardParams&, const void* panels, void* scratch, double* grad_mask,
                                int64_t begin, int64_t end);
@@ -62,6 +64,7 @@ using BackwardRange = void (*)(const BackwardParams&, const void* panels, void* 
 struct Kernels {
   int64_t tile_columns;  // ranges start at multiples of this
   int64_t panel_rows;    // the most rows of the mask interleaved in one panel
+  bool in_pairs;         // panels hold pairs of the index summed over, once for each part
   int64_t (*read_scratch)(const ReadParams&);
   ReadRange read;
   int64_t (*backward_scratch)(const BackwardParams&);
@@ -76,6 +79,9 @@ const Kernels& kernels(Dtype stream, Dtype grad_stream);
 }
 namespace avx512 {
 const Kernels& kernels(Dtype stream, Dtype grad_stream);
+}
+namespace avx512_bf16 {
+const Kernels& kernels(Dtype stream, Dtype grad_stream);  // of bfloat16 alone, and of more than two readers
 }
 namespace amx {
 const Kernels& kernels(Dtype stream, Dtype grad_stream);  // of bfloat16 alone

@@ -6,7 +6,9 @@ namespace fastcircuit {
 namespace FC_ISA {
 
 template <class G>
-constexpr Kernels kKernels = {kInner, 1, Read::scratch, Read::range, Backward<G>::scratch, Backward<G>::range};
+constexpr Kernels kKernels = {
+    kInner, 1, false, Read::scratch, Read::range, Backward<G>::scratch, Backward<G>::range,
+};
 
 const Kernels& kernels(Dtype, Dtype grad_stream) {
   return grad_stream == Dtype::f32 ? kKernels<float> : kKernels<Bf16>;

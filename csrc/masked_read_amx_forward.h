@@ -3,7 +3,6 @@
 #pragma once
 
 #include "amx.h"
-#include "panel.h"
 
 namespace fastcircuit {
 namespace FC_ISA {
@@ -13,6 +12,9 @@ constexpr int64_t kReadPanelsPerRange = 4;  // at least: nothing hides the copy 
 // Reads written around the cache go in runs of this many columns, which memory takes faster than a cache line of each
 // row at a time.
 constexpr int64_t kRunColumns = 256;
+
+// To right factors: to[columns / 32][pitch][64 bytes], and half a step further on the other half of the columns.
+using TilePairCopy = PairCopy<kInner, 64>;
 
 // sums[2 block + half] += left[block] right[half], for N <= 3 blocks of readers; the right factor that a block ends with
 // is the next one's first.
@@ -48,44 +50,6 @@ FC_INLINE void add_products_of_two(const char* left, const char* right, int64_t 
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }
-
-// Pairs of rows, 32 columns per step, to right factors: to[columns / 32][pitch][64 bytes], and half a step further on
-// the other half of the columns.
-class PairCopy {
- public:
-  PairCopy() = default;
-
-  // `pitch` places for pairs in a step's half.
-  PairCopy(const Bf16* first, int64_t stride, int64_t pairs, int64_t steps, char* to, int64_t pitch)
-      : from_{first, 2 * stride, pairs, steps, 2 * pitch}, fetched_(from_), stride_(stride), half_(64 * pitch), to_(to),
-        left_(pairs * steps) {
-    for (int64_t i = 0; i < kAhead && i < left_; ++i) fetched_.advance();
-  }
-
-  FC_INLINE void step() {
-    if (left_ == 0) return;
-    __builtin_prefetch(fetched_.at, 0, 2);
-    __builtin_prefetch(fetched_.at + stride_, 0, 2);
-    fetched_.advance();
-    const Pairs pairs = pair_up(load_32(from_.at), load_32(from_.at + stride_));
-    _mm512_store_si512(to_, pairs.half[0]);
-    _mm512_store_si512(to_ + half_, pairs.half[1]);
-    to_ += from_.advance() * int64_t(sizeof(Bf16));
-    --left_;
-  }
-
-  void finish() {
-    while (left_ > 0) step();
-  }
-
- private:
-  static constexpr int64_t kAhead = 32;  // steps from fetching a pair to copying it
-
-  PanelWalk<Bf16, kInner> from_{}, fetched_{};
-  int64_t stride_ = 0, half_ = 0;
-  char* to_ = nullptr;
-  int64_t left_ = 0;
-};
 
 class Read {
  public:
@@ -151,9 +115,9 @@ class Read {
 
   void begin_copy(int64_t begin, int64_t end) {
     const int64_t width = end - begin < panel_ ? end - begin : panel_;
-    copy_ = width < kInner ? PairCopy()
-                           : PairCopy(stream(0) + begin, p_.stream_stride, p_.writers / 2, width / kInner, other_,
-                                      inner_ * kTileRows);
+    copy_ = width < kInner ? TilePairCopy()
+                           : TilePairCopy(stream(0) + begin, p_.stream_stride, p_.writers / 2, width / kInner, other_,
+                                          2 * inner_ * kTileRows, inner_ * kTileBytes);
   }
 
   // What the copy of a panel leaves: a last row without another one, and the columns of an incomplete step.
@@ -203,7 +167,7 @@ class Read {
       _tile_zero(4);
       _tile_zero(5);
     }
-    PairCopy copy = copy_;  // a member would be written back at every step
+    TilePairCopy copy = copy_;  // a member would be written back at every step
     const char* factors = left(0, 0, block);
     for (int64_t k = 0; k < inner_; ++k, right += kTileBytes)
       for (int64_t i = 0; i < parts_; ++i, factors += blocks_.count * kTileBytes) {
@@ -259,7 +223,7 @@ class Read {
   const int64_t pace_;          // pairs copied per product
   int64_t panel_ = 2 * kInner;  // columns
   char *left_, *right_, *other_, *sums_;
-  PairCopy copy_;    // of the next panel
+  TilePairCopy copy_;  // of the next panel
   Bf16* runs_;       // reads on their way around the cache, [readers, kRunColumns]
   int64_t run_ = 0;  // columns there
   const bool around_ = p_.columns % kInner == 0 &&

@@ -16,50 +16,42 @@ constexpr int kDotReaders = 4, kDotWriters = 3;
 constexpr int kDotReaders = 2, kDotWriters = 4;
 #endif
 
-constexpr int64_t kGradReadsBytes = 192 * 1024;
-
 // Columns of a tile: wide enough that summing lanes at its end is cheap, narrow enough that grad_reads stays near.
-template <class A>
+template <class S, class A = typename Traits<S>::Accumulate>
 int64_t wide_tile(int64_t readers) {
   int64_t tiles = 4;
-  while (tiles < 32 && 2 * tiles * kTile<A> * readers * int64_t(sizeof(A)) <= kGradReadsBytes) tiles *= 2;
+  while (tiles < 32 && GradReads<S>::bytes(readers, 2 * tiles * kTile<A>) <= GradReads<S>::kMostBytes) tiles *= 2;
   return tiles * kTile<A>;
 }
 
-// g[Rows, kTile] (+)= z[R, Rows]^T x[R, kTile]
-template <class G, int Rows, class A = typename Traits<G>::Accumulate>
-FC_INLINE void grad_tile(const A* z, const A* x, int64_t readers, G* g, int64_t stride, bool accumulate,
-                         Prefetch& prefetch) {
-  constexpr int kLanes = Simd<A>::kLanes;
+// g[Rows, kTile] (+)= z[steps, Rows]^T x[steps, kTile]
+template <class S, class G, int Rows, class F = typename Products<S>::Factor, class A = typename Products<S>::A>
+FC_INLINE void grad_tile(const F* z, const F* x, int64_t steps, typename Products<S>::Parts parts, G* g, int64_t stride,
+                         bool accumulate, Prefetch& prefetch) {
   Vec<A> acc[Rows][kVecs];
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVecs; ++v)
       acc[i][v] = Vec<A>{};
   Prefetch ahead = prefetch;
-  for (int64_t r = 0; r < readers; ++r) {
+  for (int64_t left = steps; left > 0; --left) {
     ahead.step();
-    Vec<A> d[kVecs];
-    for (int v = 0; v < kVecs; ++v) d[v] = Traits<A>::load(x + r * kTile<A> + v * kLanes);
-    for (int i = 0; i < Rows; ++i) {
-      const Vec<A> zi = splat(z[r * Rows + i]);
-      for (int v = 0; v < kVecs; ++v) acc[i][v] += zi * d[v];
-    }
+    add_tile_products<S, Rows>(acc, z, x, 1, parts);
   }
   prefetch = ahead;
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < kVecs; ++v) {
-      G* to = g + i * stride + v * kLanes;
-      Traits<G>::store(to, accumulate ? acc[i][v] + Traits<G>::load(to) : acc[i][v]);
-    }
+  for (int i = 0; i < Rows; ++i) {
+    G* const to = g + i * stride;
+    for (int v = 0; accumulate && v < kVecs; ++v) acc[i][v] += Traits<G>::load(to + v * Simd<A>::kLanes);
+    store_tile_row<false>(to, acc[i]);
+  }
 }
 
-template <class G, int Rows = kRows, class A = typename Traits<G>::Accumulate>
-FC_INLINE void grad_tile_rows(int64_t rows, const A* z, const A* x, int64_t readers, G* g, int64_t stride,
-                              bool accumulate, Prefetch& prefetch) {
+template <class S, class G, int Rows = kRows, class F = typename Products<S>::Factor>
+FC_INLINE void grad_tile_rows(int64_t rows, const F* z, const F* x, int64_t steps, typename Products<S>::Parts parts,
+                              G* g, int64_t stride, bool accumulate, Prefetch& prefetch) {
   if (rows == Rows) {
-    grad_tile<G, Rows>(z, x, readers, g, stride, accumulate, prefetch);
+    grad_tile<S, G, Rows>(z, x, steps, parts, g, stride, accumulate, prefetch);
   } else if constexpr (Rows > 1) {
-    grad_tile_rows<G, Rows - 1>(rows, z, x, readers, g, stride, accumulate, prefetch);
+    grad_tile_rows<S, G, Rows - 1>(rows, z, x, steps, parts, g, stride, accumulate, prefetch);
   }
 }
 
@@ -76,10 +68,12 @@ FC_INLINE void sum_accumulators(Vec<A>* acc, A* total) {
 }
 
 // sums[Readers, Writers] += <x_i, d_j> over `tiles` tiles.
-template <class S, int Readers, int Writers, class A = typename Traits<S>::Accumulate>
-FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride, int64_t tiles, double* sums,
+template <class S, int Readers, int Writers, class X = typename Products<S>::Dot>
+FC_INLINE void dot_block(const X* x, int64_t readers, const S* d, int64_t stride, int64_t tiles, double* sums,
                          Prefetch& prefetch) {
-  constexpr int kLanes = Simd<A>::kLanes, kPairs = Readers * Writers;
+  using A = typename Products<S>::A;
+  using Factor = typename Products<S>::Factor;
+  constexpr int kPairs = Readers * Writers, kDotLanes = Products<S>::kDotLanes, kDotTile = Products<S>::kDotTile;
   const S* rows[Writers];
   for (int j = 0; j < Writers; ++j) rows[j] = d + j * stride;
   Vec<A> acc[Readers][Writers];
@@ -88,76 +82,67 @@ FC_INLINE void dot_block(const A* x, int64_t readers, const S* d, int64_t stride
   Prefetch ahead = prefetch;
   for (int64_t t = 0; t < tiles; ++t) {
 #pragma GCC unroll 1
-    for (int v = 0; v < kVecs; ++v) {
+    for (int c = 0; c < kDotTile; c += kDotLanes) {
       ahead.step();
-      Vec<A> xi[Readers];
-      for (int i = 0; i < Readers; ++i) xi[i] = Traits<A>::load(x + (t * readers + i) * kTile<A> + v * kLanes);
+      Vec<Factor> xi[Readers];
+      for (int i = 0; i < Readers; ++i) xi[i] = Products<S>::load_dot(x + (t * readers + i) * kDotTile + c);
       for (int j = 0; j < Writers; ++j) {
-        const Vec<A> dj = Traits<S>::load(rows[j] + t * kTile<A> + v * kLanes);
-        for (int i = 0; i < Readers; ++i) acc[i][j] += xi[i] * dj;
+        const Vec<Factor> dj = Products<S>::load_row(rows[j] + t * kDotTile + c);
+        for (int i = 0; i < Readers; ++i) Products<S>::add(acc[i][j], xi[i], dj);
       }
     }
   }
   prefetch = ahead;
-  A total[(kPairs + kLanes - 1) / kLanes * kLanes];
+  A total[kPairs + Simd<A>::kLanes];
   sum_accumulators<A, kPairs>(&acc[0][0], total);
   for (int i = 0; i < kPairs; ++i) sums[i] += total[i];
 }
 
 // sums[readers, writers] += <x_r, d_w> for a block of at most kDotWriters writers, by groups of readers.
-template <class S, int Writers = kDotWriters, class A = typename Traits<S>::Accumulate>
-void dot_rows(int64_t writers, const A* x, int64_t readers, const S* d, int64_t stride, int64_t tiles, double* sums,
+template <class S, int Writers = kDotWriters, class X = typename Products<S>::Dot>
+void dot_rows(int64_t writers, const X* x, int64_t readers, const S* d, int64_t stride, int64_t tiles, double* sums,
               Prefetch& next_d, Prefetch& next_x) {
   if (writers == Writers) {
     int64_t r = 0;
     for (; r + kDotReaders <= readers; r += kDotReaders)
-      dot_block<S, kDotReaders, Writers>(x + r * kTile<A>, readers, d, stride, tiles, sums + r * Writers,
+      dot_block<S, kDotReaders, Writers>(x + r * Products<S>::kDotTile, readers, d, stride, tiles, sums + r * Writers,
                                          next_d.done() ? next_x : next_d);
     for (; r < readers; ++r)
-      dot_block<S, 1, Writers>(x + r * kTile<A>, readers, d, stride, tiles, sums + r * Writers,
+      dot_block<S, 1, Writers>(x + r * Products<S>::kDotTile, readers, d, stride, tiles, sums + r * Writers,
                                next_d.done() ? next_x : next_d);
   } else if constexpr (Writers > 1) {
     dot_rows<S, Writers - 1>(writers, x, readers, d, stride, tiles, sums, next_d, next_x);
   }
 }
 
-// Copies columns [begin, begin + width) of grad_reads to packed[tile][reader][kTile], zero beyond width.
-template <class S, class A = typename Traits<S>::Accumulate>
-void pack_grad_reads(const BackwardParams& p, A* packed, int64_t begin, int64_t width) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  for (int64_t tile = 0; tile < width; tile += kTile<A>) {
-    const S* x = static_cast<const S*>(p.grad_reads) + begin + tile;
-    const int64_t left = width - tile;
-    for (int64_t r = 0; r < p.readers; ++r, x += p.grad_reads_stride)
-      for (int v = 0; v < kVecs; ++v, packed += kLanes)
-        Traits<A>::store(packed, v * kLanes < left ? load_some(x + v * kLanes, left - v * kLanes) : Vec<A>{});
-  }
-}
-
-template <class S, class G, class A = typename Traits<S>::Accumulate>
+template <class S, class G>
 struct Backward {
+  using A = typename Products<S>::A;
+  using F = typename Products<S>::Factor;
+
   // Sums, grad_reads of a panel, and copies for the edge.
   static int64_t scratch(const BackwardParams& p) {
-    const int64_t column_bytes = p.readers * sizeof(A) + kRows * (sizeof(S) + sizeof(G));
-    return sums_size(p) * sizeof(double) + wide_tile<A>(p.readers) * column_bytes;
+    const int64_t step = wide_tile<S>(p.readers), copies = kRows * step * int64_t(sizeof(S) + sizeof(G));
+    return sums_size(p) * int64_t(sizeof(double)) + GradReads<S>::bytes(p.readers, step) + copies;
   }
 
   static void range(const BackwardParams& p, const void* panels, void* scratch, double* grad_mask, int64_t begin,
                     int64_t end) {
-    const int64_t step = wide_tile<A>(p.readers);
+    const int64_t step = wide_tile<S>(p.readers);
     double* const sums = static_cast<double*>(scratch);
-    A* const x = reinterpret_cast<A*>(sums + sums_size(p));
-    char* const copies = reinterpret_cast<char*>(x + step * p.readers);
+    GradReads<S> x(p, sums + sums_size(p), step);
+    char* const copies = reinterpret_cast<char*>(sums + sums_size(p)) + GradReads<S>::bytes(p.readers, step);
+    const int64_t row_factors = Products<S>::steps(p.readers) * typename Products<S>::Parts(p.mask_parts);
     const RowBlocks blocks(p.writers, kRows);
     std::memset(sums, 0, sizeof(double) * p.readers * p.writers);
     for (; begin < end; begin += step) {
       const int64_t width = end - begin < step ? end - begin : step, after = begin + step;
       const int64_t next_width = end < after ? 0 : end - after < step ? end - after : step;
-      pack_grad_reads<S>(p, x, begin, width);
+      x.pack(begin, width);
       Prefetch next_x(static_cast<const S*>(p.grad_reads) + after, p.grad_reads_stride, p.readers, next_width);
       for (int64_t i = 0; i < blocks.count; ++i) {
         const int64_t w = blocks.begin(i), rows = blocks.rows(i);
-        const A* z = static_cast<const A*>(panels) + w * p.readers;
+        const F* z = static_cast<const F*>(panels) + w * row_factors;
         const S* d = static_cast<const S*>(p.stream) + w * p.stream_stride + begin;
         G* g = p.grad_stream ? static_cast<G*>(p.grad_stream) + w * p.grad_stream_stride + begin : nullptr;
         double* block_sums = grad_mask ? sums + w * p.readers : nullptr;
@@ -186,20 +171,22 @@ struct Backward {
   }
 
   // `tiles` whole tiles of one block of writers.
-  static void block(const BackwardParams& p, const A* z, const A* x, const S* d, int64_t d_stride, G* g,
+  static void block(const BackwardParams& p, const F* z, const GradReads<S>& x, const S* d, int64_t d_stride, G* g,
                     int64_t g_stride, int64_t rows, int64_t tiles, double* sums, Prefetch& next_d, Prefetch& next_g,
                     Prefetch& next_x) {
     const RowBlocks groups(rows, kDotWriters);
+    const int64_t dot_tiles = tiles * (kTile<A> / Products<S>::kDotTile);
     for (int64_t i = 0; sums && i < groups.count; ++i)
-      dot_rows<S>(groups.rows(i), x, p.readers, d + groups.begin(i) * d_stride, d_stride, tiles,
+      dot_rows<S>(groups.rows(i), x.dots(), p.readers, d + groups.begin(i) * d_stride, d_stride, dot_tiles,
                   sums + groups.begin(i) * p.readers, next_d, next_x);
+    const typename Products<S>::Parts parts(p.mask_parts);
     for (int64_t t = 0; g && t < tiles; ++t)
-      grad_tile_rows<G>(rows, z, x + t * p.readers * kTile<A>, p.readers, g + t * kTile<A>, g_stride, p.accumulate,
-                        next_g);
+      grad_tile_rows<S>(rows, z, x.factors(t), Products<S>::steps(p.readers), parts, g + t * kTile<A>, g_stride,
+                        p.accumulate, next_g);
   }
 
   // A tile whose width is not a multiple of kTile goes through copies that are.
-  static void edge_block(const BackwardParams& p, const A* z, const A* x, const S* d, G* g, int64_t rows,
+  static void edge_block(const BackwardParams& p, const F* z, const GradReads<S>& x, const S* d, G* g, int64_t rows,
                          int64_t width, double* sums, char* scratch) {
     const int64_t tiles = (width + kTile<A> - 1) / kTile<A>, wide = tiles * kTile<A>;
     S* d_copy = reinterpret_cast<S*>(scratch);

@@ -7,8 +7,8 @@ namespace FC_ISA {
 
 template <class S, class G>
 constexpr Kernels kKernels = {
-    kTile<typename Traits<S>::Accumulate>, kRows, read_scratch<S>, read_range<S>, Backward<S, G>::scratch,
-    Backward<S, G>::range,
+    kTile<typename Traits<S>::Accumulate>, kRows, false, read_scratch<S>, read_range<S>,
+    Backward<S, G>::scratch, Backward<S, G>::range,
 };
 
 const Kernels& kernels(Dtype stream, Dtype grad_stream) {

@@ -12,8 +12,6 @@
 
 #include "masked_read.h"
 
-#define FC_INLINE inline __attribute__((always_inline))
-
 namespace fastcircuit {
 namespace FC_ISA {
 

@@ -1,4 +1,9 @@
-"""What this machine can do, measured: bytes per second of a stream, and operations per second of a matrix product."""
+"""What this machine can do, measured: bytes per second of a stream, and operations per second of products.
+
+Products are those of a square ``torch.mm``, or of our own chains of multiply-adds that never leave the registers
+(``csrc/peak.h``), on as many threads: whichever is faster. A library may be far from what the processor can do (MKL on
+AMD), and then its product is no ceiling; where it uses matrix tiles (AMX), the chains are none.
+"""
 
 import functools
 import math
@@ -8,9 +13,11 @@ import torch
 
 from fastcircuit.benchmarks.case import Work
 from fastcircuit.benchmarks.timing import clock
+from fastcircuit.ops import cpu, extension
 
 SIDE = {"cpu": 1536, "cuda": 8192}
 SECONDS = 0.25
+ROUNDS = 2**16  # steps of every chain per call
 SMALLEST, LARGEST = 2**16, {"cpu": 2**29, "cuda": 2**31}
 
 
@@ -28,9 +35,9 @@ class Ceilings:
         self._bytes: dict[int, float] = {}
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
-        """Of a square matrix product in ``dtype``, or in float32 where that is faster."""
+        """Of products in ``dtype``, or in float32 where that is faster."""
         if dtype not in self._flops:
-            self._flops[dtype] = _matmul_rate(self.device, dtype)
+            self._flops[dtype] = _product_rate(self.device, dtype)
         own = self._flops[dtype]
         return max(own, self.flops_per_second(torch.float32)) if dtype == torch.bfloat16 else own
 
@@ -50,13 +57,26 @@ class Ceilings:
         size = min(max(2 ** math.ceil(math.log2(max(work.bytes, 1))), SMALLEST), LARGEST[self.device])
         self._bytes[size] = max(self._bytes.get(size, 0.0), _stream_rate(self.device, size))
         for each in {dtype, torch.float32}:
-            self._flops[each] = max(self._flops.get(each, 0.0), _matmul_rate(self.device, each))
+            self._flops[each] = max(self._flops.get(each, 0.0), _product_rate(self.device, each))
 
 
 @functools.cache
 def ceilings(device: str, threads: int) -> Ceilings:
     """One set per process, device and number of threads."""
     return Ceilings(device)
+
+
+def _product_rate(device: str, dtype: torch.dtype) -> float:
+    return max(_matmul_rate(device, dtype), _register_rate(device, dtype))
+
+
+def _register_rate(device: str, dtype: torch.dtype) -> float:
+    """Of the widest instruction set this machine can run, whichever the kernels are told to use; 0 without any."""
+    if device != "cpu" or extension.kernels is None or dtype not in cpu.CODES:
+        return 0.0
+    widest = extension.ISAS.index(extension.runnable_isas()[-1])
+    run = functools.partial(extension.kernels.multiply_adds, widest, torch.get_num_threads(), cpu.CODES[dtype], ROUNDS)
+    return run() / _best(device, run)
 
 
 def _matmul_rate(device: str, dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from fastcircuit.ops.layout import layout_reasons
 from fastcircuit.ops.mlp import ACTIVATIONS, Affine
 from fastcircuit.ops.recycling import POOL
 
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 # A head's weights are read once for every few tokens: they must stay in the second-level cache.
 _HEAD_BYTES = 2**20
 
@@ -35,7 +35,7 @@ def unsupported(op: str, *tensors: Tensor | None) -> list[str]:
         reasons.append("the kernels take no live list")
     if stream.device.type != "cpu":
         reasons.append(f"stream is on {stream.device}, not on the CPU")
-    if stream.dtype not in _CODES:
+    if stream.dtype not in CODES:
         reasons.append(f"stream is {stream.dtype}; the kernels have float32, float64 and bfloat16")
     return reasons
 
@@ -45,7 +45,7 @@ def _unsupported_kind(name: str, tensor: Tensor | None) -> list[str]:
     reasons = []
     if tensor.device.type != "cpu":
         reasons.append(f"{name} is on {tensor.device}, not on the CPU")
-    if tensor.dtype not in _CODES:
+    if tensor.dtype not in CODES:
         reasons.append(f"{name} is {tensor.dtype}; the kernels have float32, float64 and bfloat16")
     return reasons
 
@@ -87,8 +87,8 @@ def masked_read(stream: Tensor, mask: Tensor, base: Tensor | None, live: None = 
     extension.kernels.masked_read(
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[stream.dtype],
-        _CODES[mask.dtype],
+        CODES[stream.dtype],
+        CODES[mask.dtype],
         readers,
         writers,
         tokens * width,
@@ -138,9 +138,9 @@ def _backward(
     extension.kernels.masked_read_backward(
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[stream.dtype],
-        _CODES[mask.dtype],
-        _CODES[stream.dtype if grad_stream is None else grad_stream.dtype],
+        CODES[stream.dtype],
+        CODES[mask.dtype],
+        CODES[stream.dtype if grad_stream is None else grad_stream.dtype],
         mask.shape[0],
         writers,
         tokens * width,
@@ -176,7 +176,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: 
     extension.kernels.norm(
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         centered,
         x.numel() // max(width, 1),
         width,
@@ -218,7 +218,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, centered
     extension.kernels.norm_backward(
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         centered,
         x.numel() // max(width, 1),
         width,
@@ -271,7 +271,7 @@ def _projection(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, cent
     return (
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         centered,
         (heads, tokens, width, weight.shape[2]),
         x.data_ptr(),
@@ -316,7 +316,7 @@ def _mlp(
         backward,
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[x.dtype],
+        CODES[x.dtype],
         ACTIVATIONS.index(activation),
         (*x.shape, up.weight.shape[1]),
         (0, 0, 0, 0) if gate is None else _affine(gate.weight, biases[0]),
@@ -401,7 +401,7 @@ def _attention(
     kernel(
         extension.isa(),
         torch.get_num_threads(),
-        _CODES[query.dtype],
+        CODES[query.dtype],
         (heads, kv_heads, tokens, width),
         (len(starts) - 1, longest, starts.data_ptr(), kv_of_head.data_ptr()),
         (query.data_ptr(), key.data_ptr(), value.data_ptr()),

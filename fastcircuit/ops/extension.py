@@ -18,7 +18,7 @@ except ImportError as error:
     kernels = None
     _import_error = error
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def build_note() -> str:
@@ -43,7 +43,8 @@ def runnable_isas() -> list[str]:
 def instruction_sets() -> dict[str, str | None]:
     """Why the extension cannot use an instruction set here, or None; the last one it can use is what it uses.
 
-    ``amx`` is bfloat16 ``masked_read`` on matrix tiles; everything else then runs on ``avx512``.
+    ``avx512_bf16`` and ``amx`` are bfloat16 ``masked_read`` with products of pairs, and on matrix tiles; everything
+    else then runs on ``avx512``.
     """
     why = missing_reason() or "the compiler that built the extension, the processor or the operating system lacks it"
     runnable = runnable_isas()

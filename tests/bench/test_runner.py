@@ -1,5 +1,6 @@
 """What a run measures: ratios within rounds, parts of a whole, threads, memory; and what is in its rows."""
 
+import functools
 import gc
 import io
 import json
@@ -18,6 +19,7 @@ from fastcircuit.benchmarks.registry import load
 from fastcircuit.benchmarks.suites import scaling
 from fastcircuit.benchmarks.timing import Budget, Clock, Spread, interleave
 from fastcircuit.errors import InputError, RunError
+from fastcircuit.ops import cpu, extension
 from fastcircuit.ops.recycling import LEAST_BYTES, POOL
 from tests.bench.toys import BELIEVING, QUICK, claims, measured, toy
 
@@ -86,6 +88,7 @@ def test_ceilings_only_rise(monkeypatch):
     rates = iter([3.0, 1.0, 2.0, 5.0])
     monkeypatch.setattr("fastcircuit.benchmarks.ceilings._stream_rate", lambda device, size: next(rates))
     monkeypatch.setattr("fastcircuit.benchmarks.ceilings._matmul_rate", lambda device, dtype: 7.0)
+    monkeypatch.setattr("fastcircuit.benchmarks.ceilings._register_rate", lambda device, dtype: 6.0)
     measured_here = Ceilings("cpu")
     work = Work(flops=14, bytes=30)
     assert measured_here.floor(work, torch.float32) == 10.0
@@ -95,6 +98,29 @@ def test_ceilings_only_rise(monkeypatch):
         seen.append(measured_here.floor(work, torch.float32))
     assert seen == [10.0, 10.0, 6.0]
     assert measured_here.floor(Work(flops=140, bytes=30), torch.float32) == 20.0
+
+
+def test_the_ceiling_is_of_the_machine_and_not_of_one_library(monkeypatch):
+    if extension.kernels is None:
+        pytest.skip(extension.missing_reason())
+    matmul = "fastcircuit.benchmarks.ceilings._matmul_rate"
+    monkeypatch.setattr(matmul, lambda device, dtype: 1.0)
+    assert Ceilings("cpu").flops_per_second(torch.float32) > 1e8
+    monkeypatch.setattr(matmul, lambda device, dtype: 1e20)
+    assert Ceilings("cpu").flops_per_second(torch.float32) == 1e20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_multiply_adds_are_counted_on_every_thread(threads, dtype):
+    if extension.kernels is None:
+        pytest.skip(extension.missing_reason())
+    for name in extension.runnable_isas():
+        count = functools.partial(extension.kernels.multiply_adds, extension.ISAS.index(name))
+        once = count(1, cpu.CODES[dtype], 1)
+        assert count(threads, cpu.CODES[dtype], 10) == 10 * once * (threads if extension.kernels.openmp else 1)
+        lanes = {torch.float64: 1, torch.float32: 2, torch.bfloat16: 4 if name in ("avx512_bf16", "amx") else 2}
+        assert once == lanes[dtype] * count(1, cpu.CODES[torch.float64], 1)
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -19,6 +19,7 @@ SHAPES = [
     (36, 26, 7, 96),
     (5, 13, 11, 17),
     (16, 46, 3, 64),
+    (3, 9, 5, 71),
     (1, 30, 13, 64),
     (37, 19, 50, 31),
     (200, 7, 3, 5),
@@ -194,6 +195,27 @@ def test_one_nan_or_infinity_stays_in_its_row_and_column(backend, dtype):
     assert reads[:, 1, 2].isnan().all()
     assert reads[:, 0, 0].isinf().all()
     assert reads.isfinite().sum() == reads.numel() - 8
+
+
+def test_a_float32_mask_is_not_rounded_to_bfloat16(backend):
+    """What is left of rows that cancel is what rounding the mask would lose, in a float32 gradient a second time."""
+    stream, readers = torch.randn(1, 2, 5).bfloat16().expand(2, 2, 5).contiguous(), 10
+    mask = torch.tensor([1 + 2**-10, -1.0]).expand(readers, 2)
+    torch.testing.assert_close(masked_read(stream, mask, backend=backend), (stream[:1] * 2**-10).expand(readers, 2, 5))
+    grad_reads = stream[:1].expand(readers, 2, 5).contiguous()
+    for dtype, left in ((torch.bfloat16, 2**-10), (torch.float32, 2**-10 + 2**-20)):
+        mask, grads = torch.full((readers, 2), -1.0), torch.zeros(2, 2, 5, dtype=dtype)
+        mask[::2] = 1 + left
+        masked_read_backward_(grad_reads, stream, mask, grads, backend=backend)
+        expected = (stream.double() * left * (readers // 2)).to(dtype)
+        torch.testing.assert_close(grads, expected, rtol=2**-13 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+def test_float32_masks_of_zeros_and_ones_read_the_same_bits_as_bfloat16_ones(backend):
+    stream, mask, base, _ = _operands((13, 21, 3, 33), torch.bfloat16, torch.float32)
+    mask = mask.round()
+    expected = masked_read(stream, mask.bfloat16(), base, backend=backend)
+    assert torch.equal(masked_read(stream, mask, base, backend=backend), expected)
 
 
 def test_only_the_gradients_asked_for(backend):
