@@ -48,7 +48,7 @@ def _one_device(rows: Sequence[Row]) -> list[Row]:
     """The latest rows of the device and number of threads that were measured last; full runs before quick ones."""
     if not rows:
         return []
-    last = rows[-1]
+    last = max(reversed(rows), key=lambda row: row.date)
     here = [row for row in rows if (row.device, row.threads) == (last.device, last.threads)]
     found = list(latest(here).values())
     full = {row.suite for row in found if not row.quick}

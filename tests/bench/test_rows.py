@@ -187,6 +187,15 @@ def test_pictures_of_what_there_is(tmp_path):
     assert (tmp_path / "again" / "latency.svg").read_bytes() == (tmp_path / "latency.svg").read_bytes()
 
 
+def test_pictures_are_of_the_device_that_was_measured_last(tmp_path):
+    files = [
+        row(suite="inference", device=f"cpu {name}", date=date)
+        for name, date in (("new", "2026-02-01"), ("old", "2026-01-31"))
+    ]
+    draw_all(files, tmp_path)
+    assert b"cpu new, 2 threads" in (tmp_path / "latency.svg").read_bytes()
+
+
 def labels_of(axis):
     """Where its labels are drawn, those of x and of y, in order."""
     axis.figure.draw_without_rendering()
