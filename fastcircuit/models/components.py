@@ -86,15 +86,15 @@ class MlpRun:
 
     def forward(self, keep_graph: bool) -> Tensor:
         """What the MLP writes, ``[T, d]``."""
-        normed = self.inputs.forward()[0]
+        normed, gate, backend = self.inputs.forward()[0], self.inputs.gate, self.inputs.backend
         if not keep_graph:
-            return self.block.mlp(normed, self.inputs.gate)
-        if self.inputs.gate is None and self.block.mlp.runs_by_hand(normed):
+            return self.block.mlp(normed, gate, backend)
+        if gate is None and self.block.mlp.runs_by_hand(normed, backend):
             out, self._slopes = self.block.mlp.forward(normed, keep=True)
             return out
         with torch.enable_grad():
             self._normed = normed.requires_grad_()
-            self._out = self.block.mlp(self._normed, self.inputs.gate)
+            self._out = self.block.mlp(self._normed, gate, backend)
         return self._out.detach()
 
     def backward(self, grad_out: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class KeptReads:
         plain: readers whose norm comes later, if there is one.
         live: what was read (see :func:`fastcircuit.ops.live_writers`); None: everything.
         gate: the readers that are alive; None: all are.
+        backend: which kernels to use.
     """
 
     norm: Norm | NoNorm
@@ -34,6 +35,7 @@ class KeptReads:
     plain: int = 0
     live: Tensor | None = None
     gate: Gate | None = None
+    backend: str = "auto"
     _fused: bool = field(init=False, default=False)
 
     def forward(self) -> Tensor:
@@ -82,7 +84,7 @@ class KeptReads:
         """Whether each head sees something of its own, and one kernel normalises and projects it."""
         if not isinstance(self.norm, Norm) or self._normed.shape[0] == 1:
             return False
-        return all(is_compiled("norm_projection", "auto", self.reads, to.weight) for to in projections)
+        return all(is_compiled("norm_projection", self.backend, self.reads, to.weight) for to in projections)
 
     @cached_property
     def _normed(self) -> Tensor:
@@ -94,7 +96,7 @@ class FusedReads:
     """Reads of ``stream`` ``[w, T, d]`` through ``weights`` ``[readers, w]``, normalised as they are made.
 
     Args:
-        norm, plain, gate: as in :class:`KeptReads`.
+        norm, plain, gate, backend: as in :class:`KeptReads`.
         live: what is read (see :func:`fastcircuit.ops.live_writers`); None: everything.
     """
 

@@ -52,17 +52,17 @@ class Mlp:
     function: Callable[[Tensor], Tensor]
     parts: Parts | None = None
 
-    def __call__(self, x: Tensor, gate: Gate | None = None) -> Tensor:
+    def __call__(self, x: Tensor, gate: Gate | None = None, backend: str = "auto") -> Tensor:
         """What it writes, ``[..., d] -> [..., d]``; with a gate ``[T, d]``, and anything if the gate leaves it out."""
         parts = self.parts
         if gate is not None and parts is not None and gate.closes(x[None], parts.first.weight[None]):
             return self._gated(x, parts, gate) if parts.are_plain else self.function(x)
         recorded = torch.is_grad_enabled() and x.requires_grad
-        if recorded or not self.runs_by_hand(x):
+        if recorded or not self.runs_by_hand(x, backend):
             return self.function(x)
         return self.forward(x.flatten(0, -2), keep=False)[0].view_as(x)
 
-    def runs_by_hand(self, x: Tensor) -> bool:
+    def runs_by_hand(self, x: Tensor, backend: str = "auto") -> bool:
         """Whether :meth:`forward` and :meth:`backward` are to be used for ``x``, not ``function`` under autograd."""
         parts = self.parts
         if parts is None or activation_name(parts.act) is None or x.dim() < 2:
@@ -70,7 +70,7 @@ class Mlp:
         weight = parts.up.weight
         if weight.requires_grad and torch.is_grad_enabled():
             return False
-        return runs_compiled(x, weight) and parts.are_plain
+        return runs_compiled(x, weight, backend) and parts.are_plain
 
     def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
         """``[T, d] -> [T, d]``, and what :meth:`backward` needs."""

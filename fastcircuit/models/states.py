@@ -192,7 +192,7 @@ def run_unmasked(anatomy: Anatomy, token_ids: Tensor, packing: Packing, backend:
         stream = stream + out @ output_projection(attention)
         if attention.out_bias is not None:
             stream = stream + attention.out_bias
-        mlp = block.mlp(block.mlp_norm(stream))
+        mlp = block.mlp(block.mlp_norm(stream), backend=backend)
         stream = stream + mlp
         heads.append(out)
         mlps.append(mlp)

@@ -213,7 +213,7 @@ class MaskedRun:
                 inputs = self._inputs(self.graph.mlp_site(layer), block.mlp_norm, heads, of_heads, read[0])
             else:
                 read = masked_read(stream, weights, run.base, backend=self.backend)
-                inputs = KeptReads(block.mlp_norm, read + run.written)
+                inputs = KeptReads(block.mlp_norm, read + run.written, backend=self.backend)
             run.mlp = MlpRun(block, inputs)
             out = run.mlp.forward(keep_graphs)
             if ablated is not None:
@@ -331,7 +331,8 @@ class MaskedRun:
         gate = None if live is None else self._gate(live[2 + weights.shape[1] :])
         if self.fused and isinstance(norm, Norm):
             return FusedReads(norm, stream, weights, base, plain, live, gate, self.backend)
-        return KeptReads(norm, masked_read(stream, weights, base, live=live, backend=self.backend), plain, live, gate)
+        reads = masked_read(stream, weights, base, live=live, backend=self.backend)
+        return KeptReads(norm, reads, plain, live, gate, self.backend)
 
     def _gate(self, alive: Tensor) -> Gate:
         """How products leave out the groups whose flag is 0."""

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastcircuit.models.masked import ARCHITECTURES
+from fastcircuit.models.masked import ARCHITECTURES, MaskedCausalLM
 from fastcircuit.models.mlp import Mlp
-from fastcircuit.ops import extension
+from fastcircuit.ops import cpu, extension
+from tests.models.test_masked import pair, random_masks
 from tests.models.tiny import TINY, tiny_model
 
 pytestmark = pytest.mark.skipif(extension.missing_reason() is not None, reason="there are no C++ kernels")
@@ -34,6 +35,25 @@ def test_by_hand_is_what_hugging_face_computes(name):
     grad = torch.randn_like(x)
     expected.backward(grad)
     torch.testing.assert_close(mlp.backward(grad, slopes), leaf.grad)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_on_plain_torch_calls_no_kernel(name, monkeypatch):
+    called = []
+    for op in ("mlp", "mlp_grad", "norm_projection", "norm_projection_grad_", "masked_read"):
+        kernel = getattr(cpu, op)
+        monkeypatch.setattr(cpu, op, lambda *args, op=op, kernel=kernel, **kwargs: called.append(op) or kernel(*args))
+    found = {}
+    for backend in ("reference", "cpu"):
+        model = MaskedCausalLM(tiny_model(name), backend=backend)
+        masks = random_masks(model.graph)
+        clean, corrupted = pair()
+        logits = model(clean, corrupted_input_ids=corrupted, masks=masks).logits
+        logits.square().sum().backward()
+        found[backend] = sorted(set(called))
+        called.clear()
+    assert found["reference"] == []
+    assert found["cpu"] == ["masked_read", "mlp", "mlp_grad", "norm_projection", "norm_projection_grad_"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
