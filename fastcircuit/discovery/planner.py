@@ -26,11 +26,13 @@ from fastcircuit.masks import Masks
 from fastcircuit.models.changing import Changing
 from fastcircuit.models.loading import quiet
 from fastcircuit.models.masked import MaskedCausalLM
+from fastcircuit.models.mlp import Mlp, activation_name
 from fastcircuit.models.packing import SHORT, FixedPacking
 from fastcircuit.models.states import States
 from fastcircuit.models.stream import recomputes_by_size
 from fastcircuit.ops import triton
 from fastcircuit.ops.backends import missing_reason
+from fastcircuit.ops.mlp import pays
 from fastcircuit.tasks.task import Examples
 
 # Of the memory that is free, what a plan may fill: the rest is for workspaces and fragmentation.
@@ -241,6 +243,7 @@ def step_bytes(
         changing: tokens that can differ from the ablated run; None: all.
     """
     meta = model.device
+    _plan_mlps(model, device)
     model.fused = device.type == "cuda" and missing_reason("triton") is None
     with LiveBytes() as bytes_now:
         tokens, answers = bucket.tokens, bucket.answers
@@ -283,6 +286,36 @@ def meta_twin(model: MaskedCausalLM) -> MaskedCausalLM:
     with quiet(), torch.device("meta"):
         twin = type(model.model)(model.config).to(model.dtype)
     return MaskedCausalLM(twin, model.graph.embedding_nodes, backend="reference")
+
+
+def _plan_mlps(model: MaskedCausalLM, device: torch.device) -> None:
+    """Let MLPs that one call of ours is to run on ``device`` hold what it does."""
+    anatomy = model.anatomy
+    if device.type != "cpu" or missing_reason("cpu") is not None or model.dtype not in (torch.float32, torch.float64):
+        return
+    blocks = tuple(
+        dataclasses.replace(block, mlp=_PlannedMlp(block.mlp.function, block.mlp.parts))
+        if block.mlp.parts is not None and activation_name(block.mlp.parts.act) and pays(block.mlp.parts.up.weight)
+        else block
+        for block in anatomy.blocks
+    )
+    assert model._anatomy is not None
+    model._anatomy = model._anatomy[0], dataclasses.replace(anatomy, blocks=blocks)
+
+
+class _PlannedMlp(Mlp):
+    """The memory of an MLP in one call: its result, and what backward needs."""
+
+    def runs_by_hand(self, x: Tensor, backend: str = "auto") -> bool:
+        return True
+
+    def forward(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+        assert self.parts is not None
+        products, hidden = 1 if self.parts.gate is None else 2, self.parts.up.weight.shape[1]
+        return x.new_empty(x.shape), x.new_empty(products, len(x), hidden) if keep else None
+
+    def backward(self, grad: Tensor, slopes: Tensor) -> Tensor:
+        return grad.new_empty(grad.shape)
 
 
 class _Planned(FixedPacking):

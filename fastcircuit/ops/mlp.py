@@ -90,8 +90,11 @@ def runs_compiled(x: Tensor, up: Tensor, backend: str = "auto") -> bool:
     each, whose products take torch no longer than its calls. Larger ones are products and little else: there the
     kernel is taken where it has AVX-512 and torch has not, whose MKL uses it on Intel's processors only.
     """
-    if not (plain_eager(x) and is_compiled("mlp", backend, x, up)):
-        return False
+    return plain_eager(x) and is_compiled("mlp", backend, x, up) and pays(up)
+
+
+def pays(up: Tensor) -> bool:
+    """Whether the C++ kernel is the faster way for a weight ``[d, h]`` of this shape and dtype."""
     return up.numel() * up.element_size() <= SMALL_BYTES or extension.outruns_mkl()
 
 

@@ -23,7 +23,7 @@ BAD_CALLS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def submodel(shelf):
     """``{shelf}/submodel``: an extraction from the tiny GPT-2."""
     arguments = ["--data", shelf / "pairs.jsonl", "--threshold", "1e-7", "--out", shelf / "submodel"]

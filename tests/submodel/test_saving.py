@@ -70,7 +70,7 @@ model.save_pretrained({str(tmp_path / "again")!r})
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)
     result = load_file(tmp_path / "logits.safetensors")
-    assert torch.equal(result["logits"], submodel(ids).logits)
+    torch.testing.assert_close(result["logits"], submodel(ids).logits)  # its threads need not be as many as ours
     prompt = ids[:, :4]
     expected = submodel.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
     assert torch.equal(result["made"], expected)
