@@ -144,12 +144,13 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raw = Path(path).read_bytes()
         return json.loads((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{what} file {path} does not exist") from None
+        raise InputError(f"{what} file {path} does not exist; name one that does") from None
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"{what} file {path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{what} file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+            f"{what} file {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); mend it "
+            "there, or, if it was cut short, write it again"
         ) from None
     except RecursionError:
         raise InputError(f"{what} file {path} is nested too deep to be one") from None

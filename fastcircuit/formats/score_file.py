@@ -52,7 +52,7 @@ def beside(circuit: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str]) -> ScoreFile:
     """Read the scores in ``path``; InputError when there is no such file, or no scores are in it."""
     if not Path(path).is_file():
-        raise InputError(f"scores file {path} does not exist")
+        raise InputError(f"scores file {path} does not exist; name one that does")
     try:
         with safe_open(path, "pt") as file:
             names, about = file.keys(), file.metadata() or {}
